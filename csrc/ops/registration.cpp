@@ -1,0 +1,53 @@
+// Every operator's schema, in one place. Implementations end their own files with TORCH_LIBRARY_IMPL.
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include "dispatch.h"
+#include "packed_weight_args.h"
+
+namespace loop_singular_bit {
+namespace {
+
+std::string isa() { return checked_kernels().name; }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : supported_kernels()) names.emplace_back(table->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  TORCH_CHECK_VALUE(set_active_kernels(name), "set_isa: ", kernel_selection_error(name));
+}
+
+}  // namespace
+}  // namespace loop_singular_bit
+
+TORCH_LIBRARY(loop_singular_bit, m) {
+  // Dense -> packed.
+  m.def("fit_column_scales(Tensor weight, Tensor? column_importance=None) -> Tensor");
+  m.def(
+      "quantize(Tensor weight, int planes, int outliers, Tensor? column_scales=None, "
+      "Tensor? column_importance=None, bool means=False) -> (Tensor signs, Tensor scales, Tensor outlier_columns, "
+      "Tensor outlier_deltas, Tensor outlier_scales, Tensor means)");
+
+  // Packed -> dense.
+  m.def(
+      "dequantize(Tensor signs, Tensor scales, Tensor outlier_columns, Tensor outlier_deltas, Tensor outlier_scales, "
+      "Tensor? column_scales, Tensor? means, int out_features, int in_features, *, ScalarType dtype) -> Tensor");
+  m.def(
+      "packed_embedding(Tensor indices, Tensor signs, Tensor scales, Tensor outlier_columns, Tensor outlier_deltas, "
+      "Tensor outlier_scales, Tensor? column_scales, Tensor? means, int num_embeddings, int embedding_dim, *, "
+      "ScalarType dtype) -> Tensor");
+
+  // Packed x activations.
+  m.def(
+      "packed_linear(Tensor input, Tensor signs, Tensor scales, Tensor outlier_columns, Tensor outlier_deltas, "
+      "Tensor outlier_scales, Tensor? column_scales, Tensor? means, Tensor? bias, int out_features, *, "
+      "str activation_precision='int8') -> Tensor");
+
+  // Instruction sets.
+  m.def("isa() -> str", &loop_singular_bit::isa);
+  m.def("supported_isas() -> str[]", &loop_singular_bit::supported_isas);
+  m.def("set_isa(str name) -> ()", &loop_singular_bit::set_isa);
+}

@@ -1,0 +1,60 @@
+"""Linear layers as sign planes, scales and a few sparse outliers: 1.2 to 4.5 bits per weight, with CPU kernels.
+
+Importing the package imports neither torch nor Transformers: names load on first use, and the Transformers integration
+registers itself when Transformers' quantizers are imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loop_singular_bit import transformers_registration
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoopCompressor": "compressor",
+    "LoopSingularBitConfig": "transformers_integration",
+    "OutlierPreservingQuantizer": "quantization.outlier_preserving_quantizer",
+    "PackedEmbedding": "packed_linear",
+    "PackedLayout": "packed_weight",
+    "PackedLinear": "packed_linear",
+    "PackedWeight": "packed_weight",
+    "QualityValidator": "validation",
+    "QuantizationConfig": "quantization.quantize_model",
+    "evaluate_language_model": "validation",
+    "quantize_model": "quantization.quantize_model",
+    "quantize_weight": "quantization.quantize_weight",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from loop_singular_bit.compressor import LoopCompressor as LoopCompressor
+    from loop_singular_bit.packed_linear import PackedEmbedding as PackedEmbedding
+    from loop_singular_bit.packed_linear import PackedLinear as PackedLinear
+    from loop_singular_bit.packed_weight import PackedLayout as PackedLayout
+    from loop_singular_bit.packed_weight import PackedWeight as PackedWeight
+    from loop_singular_bit.quantization.outlier_preserving_quantizer import (
+        OutlierPreservingQuantizer as OutlierPreservingQuantizer,
+    )
+    from loop_singular_bit.quantization.quantize_model import QuantizationConfig as QuantizationConfig
+    from loop_singular_bit.quantization.quantize_model import quantize_model as quantize_model
+    from loop_singular_bit.quantization.quantize_weight import quantize_weight as quantize_weight
+    from loop_singular_bit.transformers_integration import LoopSingularBitConfig as LoopSingularBitConfig
+    from loop_singular_bit.validation import QualityValidator as QualityValidator
+    from loop_singular_bit.validation import evaluate_language_model as evaluate_language_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loop_singular_bit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"loop_singular_bit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+transformers_registration.install()
