@@ -1,8 +1,7 @@
-"""The operators of `torch.ops.loop_singular_bit`: loads _C, and gives each operator a typed wrapper, a fake and a gradient."""
+"""The operators of `torch.ops.loop_singular_bit`: loads _C, wraps, gives fakes and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,11 @@ except OSError as error:
         f"loop_singular_bit: {_LIBRARY} does not load into torch {torch.__version__}: {error}. It was probably built "
         "for another version of torch; build it again: 'pip install --no-build-isolation --force-reinstall -e .'"
     ) from error
+
+PackedTensors = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
+]
+"""signs, scales, outlier_columns, outlier_deltas, outlier_scales, column_scales, means."""
 
 _ops = torch.ops.loop_singular_bit
 
@@ -336,7 +340,9 @@ def _(
     return input.new_empty((*input.shape[:-1], out_features))
 
 
-def _packed_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+def _packed_linear_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
     input, *packed, bias, out_features = inputs
     ctx.save_for_backward(*packed)
     ctx.in_features = input.shape[-1]
@@ -353,17 +359,19 @@ def _packed_linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.
     return grad_input, None, None, None, None, None, None, None, grad_bias, None
 
 
-def _grad_input(
-    grad_output: torch.Tensor, packed: Sequence[torch.Tensor | None], out_features: int, in_features: int
-) -> torch.Tensor:
+def _grad_input(grad_output: torch.Tensor, packed: PackedTensors, out_features: int, in_features: int) -> torch.Tensor:
     """grad_output times the weight, a block of rows at a time: a large weight is never dense as a whole."""
-    *row_tensors, column_scales, means = packed
+    signs, scales, outlier_columns, outlier_deltas, outlier_scales, column_scales, means = packed
     grad_input: torch.Tensor | None = None
     for first in range(0, out_features, _BACKWARD_ROWS):
         rows = min(_BACKWARD_ROWS, out_features - first)
         tiles = slice(first // _ROWS_PER_TILE, _row_tiles(first + rows))
         block = dequantize(
-            *(tensor[tiles] for tensor in row_tensors if tensor is not None),
+            signs[tiles],
+            scales[tiles],
+            outlier_columns[tiles],
+            outlier_deltas[tiles],
+            outlier_scales[tiles],
             column_scales,
             None if means is None else means[tiles],
             rows,

@@ -1,14 +1,15 @@
-"""One weight [out_features, in_features] as packed tensors, and the shapes and sizes they have. Layout: docs/packed_format.md."""
+"""One weight as packed tensors, and the shapes and sizes they have. Layout: docs/packed_format.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import reference
+if TYPE_CHECKING:
+    from . import ops
 
 FORMAT_VERSION = 1
 ROWS_PER_TILE = 32
@@ -215,15 +216,15 @@ class PackedWeight:
         """
         rows = self.out_features
         scales = _rows_first(self.scales, rows)
-        _check_finite("scales", scales, self._row_of)
+        _check_finite("scales", scales, "row")
         if (scales < 0).any():
             row, plane = (scales < 0).nonzero()[0].tolist()
             raise ValueError(f"scales: expected >= 0, got {scales[row, plane].item()} at row {row}, plane {plane}")
-        _check_finite("outlier_scales", self.outlier_scales.reshape(-1, 1)[:rows], self._row_of)
+        _check_finite("outlier_scales", self.outlier_scales.reshape(-1, 1)[:rows], "row")
         if self.means is not None:
-            _check_finite("means", self.means.reshape(-1, 1)[:rows], self._row_of)
+            _check_finite("means", self.means.reshape(-1, 1)[:rows], "row")
         if self.column_scales is not None:
-            _check_finite("column_scales", self.column_scales.reshape(-1, 1), lambda column: f"column {column}")
+            _check_finite("column_scales", self.column_scales.reshape(-1, 1), "column")
         columns = _rows_first(self.outlier_columns.to(torch.int32), rows)
         deltas = _rows_first(self.outlier_deltas, rows)
         if (columns >= self.in_features).any():
@@ -243,9 +244,9 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight [out_features, in_features] that the packed tensors stand for."""
-        from . import ops
+        from . import ops  # here: files are read and inspected without the compiled operators
 
-        return ops.dequantize(*self._op_tensors(), self.out_features, self.in_features, dtype=dtype)
+        return ops.dequantize(*self.op_tensors(), self.out_features, self.in_features, dtype=dtype)
 
     def linear(
         self, input: torch.Tensor, bias: torch.Tensor | None = None, activation_precision: str = "int8"
@@ -254,8 +255,25 @@ class PackedWeight:
         from . import ops
 
         return ops.packed_linear(
-            input, *self._op_tensors(), bias, self.out_features, activation_precision=activation_precision
+            input, *self.op_tensors(), bias, self.out_features, activation_precision=activation_precision
         )
+
+    def rows(self, first_row: int, count: int) -> PackedWeight:
+        """Rows first_row .. first_row + count - 1 as a weight of their own that shares memory with this one.
+
+        Raises:
+            ValueError: first_row is not a multiple of 32, or the rows are not all there.
+        """
+        if first_row % ROWS_PER_TILE or not 0 <= first_row < first_row + count <= self.out_features:
+            raise ValueError(
+                f"rows: expected a first row that is a multiple of {ROWS_PER_TILE} and rows within "
+                f"{self.out_features}, got {count} rows from row {first_row}"
+            )
+        tiles = slice(first_row // ROWS_PER_TILE, -(-(first_row + count) // ROWS_PER_TILE))
+        tensors = {
+            name: tensor if name == "column_scales" else tensor[tiles] for name, tensor in self.tensors().items()
+        }
+        return PackedWeight.from_tensors(tensors, count, self.in_features)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on another device; dtypes are part of the format and never change."""
@@ -263,12 +281,17 @@ class PackedWeight:
             {name: tensor.to(device) for name, tensor in self.tensors().items()}, self.out_features, self.in_features
         )
 
-    def _op_tensors(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in TENSOR_NAMES)
-
-    @staticmethod
-    def _row_of(row: int) -> str:
-        return f"row {row}"
+    def op_tensors(self) -> ops.PackedTensors:
+        """The tensors in the order in which operators take them; None for those that are absent."""
+        return (
+            self.signs,
+            self.scales,
+            self.outlier_columns,
+            self.outlier_deltas,
+            self.outlier_scales,
+            self.column_scales,
+            self.means,
+        )
 
 
 def check_packed_tensors(tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> PackedLayout:
@@ -326,8 +349,10 @@ def _rows_first(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return tensor.transpose(1, 2).reshape(-1, tensor.shape[1])[:rows]
 
 
-def _check_finite(name: str, values: torch.Tensor, place: Any) -> None:
+def _check_finite(name: str, values: torch.Tensor, place: str) -> None:
     if not bool(torch.isfinite(values).all()):
         index, second = (~torch.isfinite(values)).nonzero()[0].tolist()
         plane = f", plane {second}" if values.shape[1] > 1 else ""
-        raise ValueError(f"{name}: expected finite values, got {values[index, second].item()} at {place(index)}{plane}")
+        raise ValueError(
+            f"{name}: expected finite values, got {values[index, second].item()} at {place} {index}{plane}"
+        )

@@ -1,4 +1,4 @@
-"""The packed format in plain PyTorch: slow, obvious, and what every kernel is tested against. Layout: docs/packed_format.md."""
+"""The packed format in plain PyTorch: slow, obvious, what kernels are tested against. Layout: docs/packed_format.md."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def packed_nbytes(
 
 
 def historic_bitmap_bits(outlier_fraction: float) -> float:
-    """Bits per weight that the old documents describe: a bitmap of outliers, a sign for the rest, 16 bits an outlier."""
+    """Bits per weight that the old documents describe: a bitmap, a sign for each normal weight, 16 bits an outlier."""
     return 1.0 + (1.0 - outlier_fraction) + 16.0 * outlier_fraction
 
 

@@ -1,0 +1,17 @@
+#include "simd/avx2.h"
+
+#include "generic/column_scales.h"
+#include "generic/dequantize.h"
+#include "generic/quantize.h"
+#include "isa/scalar_linear.h"
+#include "kernel_table.h"
+
+namespace loop_singular_bit {
+
+const KernelTable kAvx2Kernels = {
+    "avx2",
+    {quantize, dequantize_row, largest_magnitude, accumulate_column_scales},
+    scalar_linear::kKernels,
+};
+
+}  // namespace loop_singular_bit

@@ -1,0 +1,113 @@
+"""The command `loop-singular-bit`: parses, calls the library, prints. Libraries load inside the subcommands.
+
+`compress` must stay small in memory: it never imports Transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import __version__
+from .errors import CheckpointError, MemoryBudgetExceeded, OutputExistsError, QualityRefusedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROGRAM = "loop-singular-bit"
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_BAD_CHECKPOINT = 3
+EXIT_MEMORY_BUDGET = 4
+EXIT_QUALITY = 5
+EXIT_INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    parsed = build_parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        code: int = parsed.run(parsed)
+        return code
+    except KeyboardInterrupt:
+        return _fail(parsed, "interrupted", EXIT_INTERRUPTED)
+    except MemoryBudgetExceeded as error:
+        return _fail(parsed, str(error), EXIT_MEMORY_BUDGET)
+    except QualityRefusedError as error:
+        return _fail(parsed, str(error), EXIT_QUALITY)
+    except CheckpointError as error:
+        return _fail(parsed, str(error), EXIT_BAD_CHECKPOINT)
+    except OutputExistsError as error:
+        return _fail(parsed, str(error), EXIT_USAGE)
+    except (OSError, ImportError) as error:
+        return _fail(parsed, str(error), EXIT_FAILURE)
+    except ValueError as error:
+        return _fail(parsed, str(error), EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Compress language models to 1.2 - 4.5 bits per weight and look at the result.",
+        epilog="Exit codes: 0 done, 1 failure (disk, permissions), 2 wrong usage, 3 bad checkpoint, "
+        "4 memory budget exceeded, 5 quality below the threshold or refused.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, progress on standard error")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no table")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def make_console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _fail(parsed: argparse.Namespace, message: str, code: int) -> int:
+    if getattr(parsed, "json", False):
+        print_json({"error": message, "exit_code": code})
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+
+
+# ---- compress -------------------------------------------------------------------------------------------------------
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    raise NotImplementedError
+
+
+COMMANDS: dict[str, Command] = {}

@@ -1,0 +1,28 @@
+"""Seeds, and the instruction sets of this machine as a fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from loop_singular_bit import ops
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ops.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with the kernels of each instruction set that this machine has."""
+    before = ops.isa()
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa(before)
+
+
+def pytest_report_header() -> str:
+    return f"loop_singular_bit instruction sets: {', '.join(ops.supported_isas())}; threads: {torch.get_num_threads()}"
