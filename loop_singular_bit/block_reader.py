@@ -10,9 +10,9 @@ from types import TracebackType
 
 import torch
 
+from .checkpoint_directory import CheckpointDirectory
 from .compression_plan import Unit
 from .safetensors_stream import ReadBuffer
-from .source_checkpoint import SourceCheckpoint
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BlockReader:
     An error of a read is raised where the block would have come.
     """
 
-    def __init__(self, source: SourceCheckpoint, jobs: Iterator[ReadJob], buffers: Sequence[ReadBuffer]) -> None:
+    def __init__(self, source: CheckpointDirectory, jobs: Iterator[ReadJob], buffers: Sequence[ReadBuffer]) -> None:
         self._source = source
         self._jobs = jobs
         self._free: queue.Queue[ReadBuffer | None] = queue.Queue()

@@ -1,19 +1,19 @@
-"""The command `loop-singular-bit`: parses, calls the library, prints. Libraries load inside the subcommands.
+"""The command `loop-singular-bit`: parses, calls the library, prints. One module per subcommand, `cli_<name>.py`.
 
-`compress` must stay small in memory: it never imports Transformers.
+Libraries load inside the subcommands: `compress` must stay small in memory and never imports Transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, cli_compress, cli_environment, cli_evaluate, cli_generate, cli_inspect, cli_verify
 from .errors import CheckpointError, MemoryBudgetExceeded, OutputExistsError, QualityRefusedError
 
 if TYPE_CHECKING:
@@ -29,22 +29,30 @@ EXIT_MEMORY_BUDGET = 4
 EXIT_QUALITY = 5
 EXIT_INTERRUPTED = 130
 
-
-class Command(NamedTuple):
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+_COMMANDS = {
+    "compress": cli_compress,
+    "inspect": cli_inspect,
+    "verify": cli_verify,
+    "evaluate": cli_evaluate,
+    "generate": cli_generate,
+    "env": cli_environment,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
     parsed = build_parser().parse_args(arguments)
-    warnings.showwarning = _show_warning
     try:
-        code: int = parsed.run(parsed)
-        return code
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code: int = parsed.run(parsed)
+            return code
     except KeyboardInterrupt:
         return _fail(parsed, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone; python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
     except MemoryBudgetExceeded as error:
         return _fail(parsed, str(error), EXIT_MEMORY_BUDGET)
     except QualityRefusedError as error:
@@ -62,21 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Compress language models to 1.2 - 4.5 bits per weight and look at the result.",
-        epilog="Exit codes: 0 done, 1 failure (disk, permissions), 2 wrong usage, 3 bad checkpoint, "
-        "4 memory budget exceeded, 5 quality below the threshold or refused.",
+        description="Compress language models to 1.2 to 4.5 bits per weight, check the result, and use it.",
+        epilog="Exit codes: 0 done, 1 failure (disk, permissions, missing package), 2 wrong usage, 3 bad checkpoint, "
+        "4 memory budget exceeded, 5 quality below the threshold, or a preset that needs --force.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+    for name, command in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, progress on standard error")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, progress on stderr")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
 
 
@@ -101,13 +109,3 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
-
-
-# ---- compress -------------------------------------------------------------------------------------------------------
-
-
-def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
-    raise NotImplementedError
-
-
-COMMANDS: dict[str, Command] = {}

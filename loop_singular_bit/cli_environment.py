@@ -13,9 +13,9 @@ HELP = "versions, instruction sets, threads and memory, for reports of problems"
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy")
 _RELEVANT_FLAGS = (
-    ("f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
-    + ("amx_tile", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
-)  # fmt: skip
+    "f16c fma avx2 avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_vbmi avx512_bf16 amx_tile amx_int8 "
+    "asimd asimddp i8mm sve"
+).split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,7 +50,9 @@ def run(parsed: argparse.Namespace) -> int:
     show_progress = not parsed.quiet and not parsed.json
     tokenizer = load_tokenizer(parsed.model)
     model = load_language_model(parsed.model, parsed.dtype, parsed.activation_precision, show_progress)
-    original = None if parsed.against is None else load_language_model(parsed.against, parsed.dtype, None, show_progress)
+    original = (
+        None if parsed.against is None else load_language_model(parsed.against, parsed.dtype, None, show_progress)
+    )
     start = time.perf_counter()
     threshold = parsed.quality_threshold
     with _ProgressBar(disable=parsed.quiet) as progress:
@@ -80,8 +82,8 @@ def run(parsed: argparse.Namespace) -> int:
         _print_table(results)
     if results["passed"] is False:
         print(
-            f"{PROGRAM}: quality below the threshold: perplexity rose by {results['perplexity_increase_percent']:.2f} %, "
-            f"allowed are {threshold:g} %",
+            f"{PROGRAM}: quality below the threshold: perplexity rose by "
+            f"{results['perplexity_increase_percent']:.2f} %, allowed are {threshold:g} %",
             file=sys.stderr,
         )
         return EXIT_QUALITY

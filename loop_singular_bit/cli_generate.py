@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest word, more is more varied"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the likeliest words with this total probability (default 1)"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest words with this total probability (default 1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids repetition (default 1)")

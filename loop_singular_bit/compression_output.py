@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from .compression_plan import QUANT_METHOD, SHARD_METADATA, CompressionPlan, Shard, Unit
+from .checkpoint import CHECKSUM_FILE, is_packed_checkpoint
+from .checkpoint_directory import INDEX_FILE
+from .compression_plan import SHARD_METADATA, CompressionPlan, Shard, Unit
 from .errors import CheckpointError, OutputExistsError
 from .safetensors_stream import PARTIAL_SUFFIX, SafetensorsWriter, replace_file, sync_directory, tensor_bytes
-from .source_checkpoint import CONFIG_FILE, INDEX_FILE, read_json_object
 
 JOURNAL_FILE = "compression_journal.jsonl"
-CHECKSUM_FILE = "checksums.sha256"
 REPORT_FILE = "compression_report.json"
 
 # Bounds what a power cut costs, and keeps the kernel from stalling on gigabytes of dirty pages at the end.
@@ -84,11 +84,13 @@ class Journal:
         try:
             found, *records = [json.loads(line) for line in lines]
         except ValueError as error:
-            raise CheckpointError(f"{self.path}: damaged: {error}; delete {self.path.parent} or overwrite it") from error
+            raise CheckpointError(f"{self.path}: damaged: {error}; overwrite {self.path.parent}") from error
         if found != description:
-            different = sorted(key for key in found.keys() | description.keys() if found.get(key) != description.get(key))
+            keys = found.keys() | description.keys()
+            different = sorted(key for key in keys if found.get(key) != description.get(key))
             raise OutputExistsError(
-                f"{self.path.parent}: was started with another {', '.join(different)}; resume with the same, or overwrite it"
+                f"{self.path.parent}: was started with another {', '.join(different)}; resume with the same, "
+                "or overwrite it"
             )
         return records
 
@@ -141,9 +143,7 @@ class OutputDirectory:
         """Records of the units that are written already, in order: what a resumed run need not do again."""
         return list(self._finished)
 
-    def write(
-        self, parts: Sequence[tuple[str, int, torch.Tensor]], release: Callable[[], None] | None = None
-    ) -> None:
+    def write(self, parts: Sequence[tuple[str, int, torch.Tensor]], release: Callable[[], None] | None = None) -> None:
         """Queues pieces of stored tensors: (name, first byte in the stored tensor, contiguous tensor with the bytes).
 
         Args:
@@ -332,15 +332,6 @@ class OutputDirectory:
         (self.output / JOURNAL_FILE).unlink()
         if replaced is not None:
             shutil.rmtree(replaced)
-
-
-def is_packed_checkpoint(directory: Path) -> bool:
-    """Whether a directory's config.json says that this package wrote it."""
-    try:
-        quantization = read_json_object(directory / CONFIG_FILE).get("quantization_config")
-    except CheckpointError:
-        return False
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def _check_unlocked(journal: Path) -> None:

@@ -11,28 +11,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .checkpoint import QUANT_METHOD
+from .checkpoint_directory import SINGLE_FILE, CheckpointDirectory
 from .errors import CheckpointError
 from .packed_weight import PackedLayout
 from .quantization.eligibility import embedding_skip_reason, linear_skip_reason
 from .quantization.presets import DEFAULT_PRESET, PRESETS, Preset, outlier_count
 from .quantization.quantize_model import matches_any
 from .safetensors_stream import TensorEntry, dtype_name, safetensors_header
-from .source_checkpoint import SINGLE_FILE, SourceCheckpoint
 
-QUANT_METHOD = "loop_singular_bit"
 PACKABLE_DTYPES = ("BF16", "F16", "F32")
 
 # Linears stored as [in_features, out_features] under the name `weight`.
 _CONV1D_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Their embedding modules multiply what they look up: packed ones would not.
 _SCALED_EMBEDDING_MODEL_TYPES = {
-    *("bart", "mbart", "plbart", "m2m_100", "nllb-moe", "blenderbot", "blenderbot-small", "pegasus_x", "bigbird_pegasus"),
-    *("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "xglm"),
+    *("bart", "mbart", "plbart", "m2m_100", "nllb-moe", "blenderbot", "blenderbot-small", "pegasus_x"),
+    *("bigbird_pegasus", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "xglm"),
 }
 # Every decoder layer has the same tensors: one that lacks some is damaged, and not of another kind.
 _UNIFORM_MODEL_TYPES = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "olmo", "olmo2", "stablelm", "starcoder2"),
-    *("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "gpt_neox"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "olmo", "olmo2"),
+    *("stablelm", "starcoder2", "bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "gpt_neox"),
 }
 _HEADS_BY_MODEL_TYPE = {
     "gpt_neox": "embed_out",
@@ -76,7 +76,7 @@ class PackedModule:
         return self.layout.nbytes
 
     def stored_tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, safetensors dtype, shape) in the order of the file: 32 bits first, then 16, then 8, none misaligned."""
+        """(name, safetensors dtype, shape) in the order of the file: 32 bits first, then 16, then 8."""
         tensors = sorted(self.layout.tensors().items(), key=lambda item: -item[1][0].itemsize)
         return [(f"{self.name}.{part}", dtype_name(dtype), shape) for part, (dtype, shape) in tensors]
 
@@ -178,7 +178,7 @@ class CompressionPlan:
 
 
 def plan_compression(
-    source: SourceCheckpoint,
+    source: CheckpointDirectory,
     preset: Preset,
     *,
     outlier_fraction: float | None = None,
@@ -208,7 +208,7 @@ def plan_compression(
     _check_supported(source, config)
     _check_layers_complete(source, config)
     tied, dropped = _tied_heads(source, config)
-    rules = _Rules(source, preset, outlier_fraction, tuple(skip_modules), quantize_embeddings, max_layers, set(tied.values()))
+    rules = _Rules(source, preset, outlier_fraction, tuple(skip_modules), quantize_embeddings, max_layers)
     units = [rules.unit(name) for name in source.tensor_names if name not in dropped]
     units.sort(key=_execution_order)
     if not any(isinstance(unit, PackedModule) for unit in units):
@@ -230,19 +230,18 @@ def plan_compression(
 class _Rules:
     """What becomes of each tensor."""
 
-    source: SourceCheckpoint
+    source: CheckpointDirectory
     preset: Preset
     outlier_fraction: float | None
     skip_modules: tuple[str, ...]
     quantize_embeddings: bool
     max_layers: int | None
-    tied_embeddings: set[str]
 
     def unit(self, tensor: str) -> Unit:
         entry = self.source.entry(tensor)
         if not tensor.endswith(".weight") or len(entry.shape) != 2 or 0 in entry.shape:
             fused = len(entry.shape) == 3 and ("expert" in tensor or tensor.endswith("_proj"))
-            return KeptTensor(entry, "experts fused into one 3-D tensor: only 2-D weights are packed" if fused else None)
+            return KeptTensor(entry, "experts fused into 3-D: only 2-D weights are packed" if fused else None)
         module = tensor.removesuffix(".weight")
         kind, is_head = self._kind(module, entry)
         reason = self._reason_to_keep(module, kind, is_head, entry)
@@ -306,7 +305,7 @@ class _Rules:
         )
 
 
-def _check_supported(source: SourceCheckpoint, config: Mapping[str, Any]) -> None:
+def _check_supported(source: CheckpointDirectory, config: Mapping[str, Any]) -> None:
     if isinstance(quantization := config.get("quantization_config"), dict):
         raise CheckpointError(
             f"{source.path}: quantized already ({quantization.get('quant_method', 'unknown method')}); "
@@ -319,7 +318,7 @@ def _check_supported(source: SourceCheckpoint, config: Mapping[str, Any]) -> Non
         )
 
 
-def _check_layers_complete(source: SourceCheckpoint, config: Mapping[str, Any]) -> None:
+def _check_layers_complete(source: CheckpointDirectory, config: Mapping[str, Any]) -> None:
     """A checkpoint that lacks tensors must not come out as a smaller one that looks complete."""
     layers: dict[int, set[str]] = {}
     for tensor in source.tensor_names:
@@ -345,7 +344,7 @@ def _check_layers_complete(source: SourceCheckpoint, config: Mapping[str, Any]) 
             raise CheckpointError(f"{source.path}: tensor {name} is missing; other layers have theirs")
 
 
-def _tied_heads(source: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+def _tied_heads(source: CheckpointDirectory, config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     """Heads that use the token embedding's weight, and tensors that repeat it."""
     embeddings = [
         name.removesuffix(".weight")
@@ -376,11 +375,13 @@ def _execution_order(unit: Unit) -> tuple[Any, ...]:
         return (_stage(unit, name), 0, "", 0, 0, name, is_bias, unit.name)
     stack = match["stack"] or ""
     rest = name[match.start("rest") :]
-    return (_STAGE_LAYERS, _stack_order(stack), stack, int(match["number"]), _order_in_layer(rest), name, is_bias, unit.name)
+    layer = (_STAGE_LAYERS, _stack_order(stack), stack, int(match["number"]))
+    return (*layer, _order_in_layer(rest), name, is_bias, unit.name)
 
 
 def _stage(unit: Unit, module: str) -> int:
-    if module in _HEAD_NAMES or (isinstance(unit, PackedModule) and unit.kind == "linear" and unit.is_embedding_or_head):
+    is_packed_head = isinstance(unit, PackedModule) and unit.kind == "linear" and unit.is_embedding_or_head
+    if module in _HEAD_NAMES or is_packed_head:
         return _STAGE_HEAD
     if "embed" in module or set(module.split(".")) & {"wte", "wpe", "shared"}:
         return _STAGE_EMBEDDING

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +18,17 @@ import torch
 
 from . import __version__, ops
 from .block_reader import BlockReader, FilledBlock, ReadJob
+from .checkpoint import is_packed_checkpoint
+from .checkpoint_directory import CONFIG_FILE, CheckpointDirectory, read_json_object
 from .compression_output import (
     JOURNAL_FILE,
     QUEUED_WRITES,
     REPORT_FILE,
     OutputDirectory,
-    is_packed_checkpoint,
     partial_directory,
 )
 from .compression_plan import CompressionPlan, KeptTensor, PackedModule, Unit, plan_compression
+from .error_meter import ErrorMeter
 from .errors import CheckpointError
 from .memory_budget import MemoryBudget, forget_earlier_peak, peak_resident_mb
 from .model_card import model_card
@@ -33,14 +36,13 @@ from .packed_weight import FORMAT_VERSION, ROWS_PER_TILE, PackedWeight
 from .quantization.outlier_preserving_quantizer import OutlierPreservingQuantizer
 from .quantization.presets import DEFAULT_PRESET, PRESETS
 from .quantization.quantize_weight import column_scale_rows, quantize_weight
-from .quantization.weight_errors import WeightErrors
+from .row_errors import VALUES_AT_ONCE, RowErrors, relative_error, sqnr_db
 from .safetensors_stream import ReadBuffer
-from .source_checkpoint import CONFIG_FILE, SourceCheckpoint, read_json_object
 
 _BLOCK_BYTES = (16 << 20, 8 << 20, 4 << 20, 2 << 20, 1 << 20)
 _READ_BUFFERS = 2
-# Float32 values that the error of a block is taken over at once: they should stay in cache.
-_ERROR_VALUES = 1 << 20
+# Float32 pieces of the error meter: two in use, and what malloc keeps of earlier ones.
+_ERROR_PIECES = 8
 # The historic scheme sorts rows in float64 and int64.
 _HISTORIC_BYTES_PER_WEIGHT = 48
 # Code pages that are touched, stacks and arenas of threads, the interpreter's own growth.
@@ -77,7 +79,7 @@ class CompressionProgress:
         name: the module or tensor that was worked on.
         finished: whether that one is finished.
         relative_error: of the module just finished (Frobenius); None in the middle of one and for kept tensors.
-        bytes_done, bytes_total: of the source's tensors.
+        bytes_done, bytes_total: of the source's tensors; bytes_resumed were done by an earlier run.
         seconds: since the start of this run.
         eta_seconds: until the end, from the bytes of this run; None before the first.
     """
@@ -89,6 +91,7 @@ class CompressionProgress:
     tensors_total: int
     bytes_done: int
     bytes_total: int
+    bytes_resumed: int
     seconds: float
     eta_seconds: float | None
     peak_ram_mb: float
@@ -123,7 +126,7 @@ class CompressionRun:
     def __init__(
         self,
         settings: Settings,
-        source: SourceCheckpoint,
+        source: CheckpointDirectory,
         output: Path | None,
         *,
         max_layers: int | None = None,
@@ -252,7 +255,7 @@ class CompressionRun:
             "read buffers": _READ_BUFFERS * read / 1e6,
             "packed blocks": (QUEUED_WRITES + 2) * packed / 1e6,
             "quantization": quantization / 1e6,
-            "errors": 2 * 4 * _ERROR_VALUES / 1e6,
+            "errors": _ERROR_PIECES * 4 * VALUES_AT_ONCE / 1e6,
             "runtime": _RUNTIME_MB,
         }
 
@@ -295,7 +298,7 @@ class CompressionRun:
         buffer_bytes = int(self._parts_mb["read buffers"] * 1e6 / _READ_BUFFERS) + 1
         buffers = [ReadBuffer(buffer_bytes) for _ in range(_READ_BUFFERS)]
         records = []
-        with BlockReader(self._source, self._jobs(units[skip:]), buffers) as reader:
+        with BlockReader(self._source, self._jobs(units[skip:]), buffers) as reader, ErrorMeter() as self._error_meter:
             blocks = iter(reader)
             for unit in units[skip:]:
                 start = time.perf_counter()
@@ -323,7 +326,8 @@ class CompressionRun:
 
     def _pack(self, unit: PackedModule, blocks: Iterator[FilledBlock]) -> dict[str, Any]:
         column_scales: torch.Tensor | None = None
-        errors = WeightErrors()
+        errors = RowErrors(unit.layout.out_features)
+        measured: Future[None] | None = None
         for block in self._blocks_of_unit(blocks):
             if block.job.kind == "scale_rows":
                 with self._stopwatch.measure("fitting column scales"), self._naming_the_tensor(unit, block):
@@ -332,18 +336,23 @@ class CompressionRun:
                 continue
             with self._stopwatch.measure("quantizing"), self._naming_the_tensor(unit, block):
                 packed = self._pack_rows(unit, block.tensor, column_scales)
-            with self._stopwatch.measure("measuring errors"):
-                _add_errors(errors, block.tensor, packed)
-            block.release()
             self._write_rows(unit, block.job, packed)
+            with self._stopwatch.measure("waiting for errors"):
+                if measured is not None:
+                    measured.result()
+                measured = self._error_meter.add(errors, block, packed)
             self._bytes_done += block.job.count * unit.source.row_nbytes
             self._budget.check(unit.source.name)
             self._report_progress(unit)
+        with self._stopwatch.measure("waiting for errors"):
+            if measured is not None:
+                measured.result()
+        squared_error, squared_weight = errors.squared_error, errors.squared_weight
         return {
-            "relative_error": _finite(errors.relative_error),
-            "sqnr_db": _finite(errors.sqnr_db),
-            "squared_error": errors.squared_error,
-            "squared_weight": errors.squared_weight,
+            "relative_error": relative_error(squared_error, squared_weight),
+            "sqnr_db": sqnr_db(squared_error, squared_weight),
+            "squared_error": squared_error,
+            "squared_weight": squared_weight,
         }
 
     def _blocks_of_unit(self, blocks: Iterator[FilledBlock]) -> Iterator[FilledBlock]:
@@ -397,9 +406,10 @@ class CompressionRun:
                 raise
             row, column = bad[0].tolist()
             number = block.job.rows[row] if block.job.kind == "scale_rows" else block.job.first + row
+            path = self._source.reader(unit.source.name).path
             raise CheckpointError(
-                f"{self._source.reader(unit.source.name).path}: tensor {unit.source.name}: expected finite weights, got "
-                f"{block.tensor[row, column].item()} at row {number}, column {column}"
+                f"{path}: tensor {unit.source.name}: expected finite weights, got {block.tensor[row, column].item()} "
+                f"at row {number}, column {column}"
             ) from error
 
     def _report_progress(self, unit: Unit, relative_error: float | None = None, *, finished: bool = False) -> None:
@@ -416,6 +426,7 @@ class CompressionRun:
                 tensors_total=len(self._plan.units),
                 bytes_done=self._bytes_done,
                 bytes_total=self._bytes_total,
+                bytes_resumed=self._bytes_before,
                 seconds=seconds,
                 eta_seconds=seconds / here * (self._bytes_total - self._bytes_done) if here else None,
                 peak_ram_mb=peak_resident_mb(),
@@ -440,10 +451,11 @@ class CompressionRun:
         peak_mb = max([peak_resident_mb(), *(record["peak_ram_mb"] for record in records)])
         seconds = time.perf_counter() - self._start
         modules = self._plan.packed_modules
+        special = [module for module in modules if module.is_embedding_or_head]
         original_bytes = sum(module.source.nbytes for module in modules)
         packed_bytes = sum(module.nbytes for module in modules)
-        squared_weight = sum(by_name[module.name]["squared_weight"] for module in modules)
-        squared_error = sum(by_name[module.name]["squared_error"] for module in modules)
+        squared_error = math.fsum(by_name[module.name]["squared_error"] for module in modules)
+        squared_weight = math.fsum(by_name[module.name]["squared_weight"] for module in modules)
         return {
             "compression_summary": {
                 "layers_compressed": len(modules),
@@ -453,9 +465,9 @@ class CompressionRun:
                 "baseline_dtype": "+".join(sorted({module.source.dtype for module in modules})),
                 "bits_per_weight": _bits_per_weight(modules),
                 "bits_per_weight_linears": _bits_per_weight([m for m in modules if not m.is_embedding_or_head]),
-                "bits_per_weight_embeddings_and_heads": _bits_per_weight([m for m in modules if m.is_embedding_or_head]),
+                "bits_per_weight_embeddings_and_heads": _bits_per_weight(special),
                 "bits_per_parameter": 8 * sum(unit.nbytes for unit in self._plan.units) / self._parameters(),
-                "relative_error": _finite(math.sqrt(squared_error / squared_weight)) if squared_weight else None,
+                "relative_error": relative_error(squared_error, squared_weight),
                 "source_bytes": self._source.file_bytes,
                 "output_bytes": self._plan.output_bytes,
                 "file_compression_ratio": self._source.file_bytes / self._plan.output_bytes,
@@ -522,22 +534,6 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _add_errors(errors: WeightErrors, rows: torch.Tensor, packed: PackedWeight) -> None:
-    """What `WeightErrors.add` sums for the relative error, over pieces that stay in cache; the rest costs passes."""
-    step = max(1, _ERROR_VALUES // (ROWS_PER_TILE * rows.shape[1])) * ROWS_PER_TILE
-    for first in range(0, rows.shape[0], step):
-        dense = rows[first : first + step]
-        difference = packed.rows(first, dense.shape[0]).dequantize().sub_(dense)
-        errors.count += dense.numel()
-        errors.squared_error += _sum_of_squares(difference)
-        errors.squared_weight += _sum_of_squares(dense)
-
-
-def _sum_of_squares(rows: torch.Tensor) -> float:
-    # One float32 sum per row, whose order no number of threads changes, and float64 over rows.
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum().item()
-
-
 def _layer_result(module: PackedModule, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": module.name,
@@ -556,11 +552,6 @@ def _layer_result(module: PackedModule, record: Mapping[str, Any]) -> dict[str, 
 def _bits_per_weight(modules: Sequence[PackedModule]) -> float | None:
     weights = sum(module.layout.out_features * module.layout.in_features for module in modules)
     return 8 * sum(module.nbytes for module in modules) / weights if weights else None
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: an error of nothing over nothing is None."""
-    return value if math.isfinite(value) else None
 
 
 def _processor_name() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint_directory import CheckpointDirectory
 from .compression_output import REPORT_FILE
 from .compression_run import CompressionRun, ProgressCallback, Settings, json_bytes
 from .errors import QualityRefusedError
@@ -16,9 +17,9 @@ from .memory_budget import MemoryBudget
 from .quantization.outlier_preserving_quantizer import OutlierPreservingQuantizer
 from .quantization.presets import DEFAULT_PRESET, Preset, check_calibration
 from .safetensors_stream import replace_file
-from .source_checkpoint import SourceCheckpoint
 
 NOT_EVALUATED = "not evaluated"
+
 
 class LoopCompressor:
     """Compresses checkpoints tensor by tensor, row block by row block, within a declared memory budget.
@@ -144,7 +145,7 @@ class LoopCompressor:
         output = None if output_path is None else Path(output_path).absolute()
         if output is None and resume:
             raise ValueError("resume: there is nothing to resume without output_path")
-        with SourceCheckpoint(model_path) as source:
+        with CheckpointDirectory(model_path) as source:
             if output is not None and output.resolve() == source.path.resolve():
                 raise ValueError(f"output_path: {output} is the source")
             run = CompressionRun(self._settings, source, output, max_layers=max_layers, progress=progress)
@@ -193,7 +194,8 @@ class LoopCompressor:
         )
         self.results["evaluation"] = evaluation.to_dict()
         ratio = evaluation.perplexity_ratio
-        self.results["compression_summary"]["average_quality_loss_percent"] = None if ratio is None else 100 * (ratio - 1)
+        summary = self.results["compression_summary"]
+        summary["average_quality_loss_percent"] = None if ratio is None else 100 * (ratio - 1)
         replace_file(output / REPORT_FILE, json_bytes(self.results))
 
 

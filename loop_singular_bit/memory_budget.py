@@ -83,8 +83,8 @@ class MemoryBudget:
         peak = peak_resident_mb()
         if self.target_mb is not None and peak > self.target_mb:
             raise MemoryBudgetExceeded(
-                f"{during}: peak resident memory is {peak:.1f} MB, above the target of {self.target_mb:.0f} MB; what is "
-                f"finished is kept: resume with a target of {_rounded_up(peak * 1.05)} MB or more",
+                f"{during}: peak resident memory is {peak:.1f} MB, above the target of {self.target_mb:.0f} MB; what "
+                f"is finished is kept: resume with a target of {_rounded_up(peak * 1.05)} MB or more",
                 target_mb=self.target_mb,
                 needed_mb=_rounded_up(peak * 1.05),
             )

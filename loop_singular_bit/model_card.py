@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .source_checkpoint import SourceCheckpoint
+from .checkpoint_directory import CheckpointDirectory
 
 _HUB_CACHE_DIRECTORY = re.compile(r"models--([^/]+)--([^/]+)$")
 
 
-def model_card(source: SourceCheckpoint, results: Mapping[str, Any]) -> str:
+def model_card(source: CheckpointDirectory, results: Mapping[str, Any]) -> str:
     """Markdown with YAML front matter. The same compression gives the same text: no time, no machine."""
     summary = results["compression_summary"]
     preset = results["options"]["preset"]
@@ -24,8 +24,8 @@ def model_card(source: SourceCheckpoint, results: Mapping[str, Any]) -> str:
     front += [f"- {tag}" for tag in ("loop_singular_bit", "quantized", f"{summary['bits_per_weight']:.1f}-bit", "cpu")]
     lines = ["---", *front, "---", "", f"# {base}, packed with loop-singular-bit ({preset})", ""]
     lines += [
-        "Load it **after** `import loop_singular_bit`: without that, Transformers would fill the packed layers with random "
-        "numbers.",
+        "Load it **after** `import loop_singular_bit`: without that, Transformers would fill the packed layers with",
+        "random numbers.",
         "",
         "```python",
         "import loop_singular_bit",
@@ -43,18 +43,18 @@ def model_card(source: SourceCheckpoint, results: Mapping[str, Any]) -> str:
         f"| bits per weight, embeddings and heads | {_figure(summary['bits_per_weight_embeddings_and_heads'])} |",
         f"| bits per parameter, whole file | {summary['bits_per_parameter']:.3f} |",
         f"| bytes of the shards | {summary['output_bytes']:,} |",
-        f"| packed weights against {summary['baseline_dtype']} | {summary['average_compression_ratio']:.2f}× smaller |",
+        f"| packed weights, {summary['baseline_dtype']} over stored bytes | {summary['average_compression_ratio']:.2f} |",
         f"| relative error of the weights (Frobenius) | {_figure(summary['relative_error'])} |",
         "",
         "Bits count every stored byte: signs, scales, outliers and their positions, padding. The error is that of the",
-        "weights; what it does to the model's text is **not evaluated** here. `loop-singular-bit evaluate` measures it.",
+        "weights; what it does to the model's text is **not evaluated** here: `loop-singular-bit evaluate` does that.",
         "`compression_report.json` has the figures of every layer; `sha256sum -c checksums.sha256` checks the shards.",
         "",
     ]
     return "\n".join(lines)
 
 
-def base_model_name(source: SourceCheckpoint) -> str:
+def base_model_name(source: CheckpointDirectory) -> str:
     """The Hub name of the source if its path or configuration tells, else the name of its directory."""
     resolved = source.path.absolute()
     if len(resolved.parents) > 1 and (match := _HUB_CACHE_DIRECTORY.search(resolved.parents[1].as_posix())):

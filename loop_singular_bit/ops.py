@@ -355,7 +355,7 @@ def _packed_linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.
     if ctx.needs_input_grad[0]:
         grad_input = _grad_input(grad_output, ctx.saved_tensors, ctx.out_features, ctx.in_features)
     if ctx.needs_input_grad[8]:
-        grad_bias = grad_output.float().sum(dim=tuple(range(grad_output.dim() - 1))).to(ctx.bias_dtype)
+        grad_bias = grad_output.reshape(-1, ctx.out_features).float().sum(dim=0).to(ctx.bias_dtype)
     return grad_input, None, None, None, None, None, None, None, grad_bias, None
 
 

@@ -346,7 +346,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def _rows_first(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """[row_tiles, X, 32] -> [rows, X], without the padded rows."""
-    return tensor.transpose(1, 2).reshape(-1, tensor.shape[1])[:rows]
+    return tensor.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def _check_finite(name: str, values: torch.Tensor, place: str) -> None:

@@ -121,4 +121,4 @@ def historic_stored_bits(outlier_fraction: float) -> float:
 
 def _by_row(tensor: torch.Tensor, out_features: int) -> torch.Tensor:
     """[row_tiles, X, 32] -> [out_features, X]."""
-    return tensor.transpose(1, 2).reshape(-1, tensor.shape[1])[:out_features]
+    return tensor.transpose(1, 2).flatten(0, 1)[:out_features]

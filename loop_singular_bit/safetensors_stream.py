@@ -1,4 +1,4 @@
-"""Safetensors files as streams: row ranges read into a reused buffer, tensors written in any order that the header fixes.
+"""Safetensors files as streams: row ranges read into a reused buffer, tensors written piece by piece.
 
 The safetensors package maps a file (its pages count as resident) and sorts tensors by name when it writes, with all of
 them in memory. Here reads are `pread`s, and a file is written header first, since every size is known before the data.
@@ -424,7 +424,7 @@ def safetensors_header(
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy and without numpy. The tensor must outlive the view's use."""
+    """The bytes of a contiguous CPU tensor, without a copy and without numpy; it must outlive the view."""
     if not tensor.is_contiguous():
         raise ValueError(f"expected a contiguous tensor, got strides {tensor.stride()}")
     nbytes = tensor.numel() * tensor.element_size()

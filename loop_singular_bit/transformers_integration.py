@@ -1,9 +1,10 @@
 """Packed weights in Transformers: loading packed checkpoints, quantizing while loading, saving. The only file that
 imports Transformers' quantizer classes.
 
-`import loop_singular_bit` registers both classes below (see transformers_registration). Without that import Transformers
-does not know the method, warns, and would run with random weights; so that it fails instead, a packed checkpoint holds
-one empty tensor under the name of a dense weight, whose shape can match no model (see `guard_tensor`).
+Importing this module registers both classes below; `import loop_singular_bit` is enough, see transformers_registration.
+Without it Transformers does not know the method, warns, and would run with random weights; so that it fails instead, a
+packed checkpoint holds one empty tensor under the name of a dense weight, whose shape can match no model (see
+`guard_tensor`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .packed_weight import FORMAT_VERSION, TENSOR_NAMES, PackedLayout, PackedWeight
+from .packed_weight import FORMAT_VERSION, PackedLayout
 from .quantization.eligibility import embedding_skip_reason, linear_skip_reason
 from .quantization.presets import DEFAULT_PRESET, check_calibration, find_preset, outlier_count
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "loop_singular_bit"
 
-_ACTIVATION_PRECISIONS = ("int8", "int16", "exact")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,9 @@ class LoopSingularBitConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
+        # Not at the top: registering with Transformers must not load the operators.
+        from .ops import ACTIVATION_PRECISIONS
+
         if unknown:
             raise TypeError(f"LoopSingularBitConfig: unknown fields {sorted(unknown)}")
         if quant_method != QUANT_METHOD:
@@ -85,13 +88,14 @@ class LoopSingularBitConfig(QuantizationConfigMixin):
             find_preset(preset if preset is not None else "None")
         if outlier_fraction is not None and not 0 <= outlier_fraction <= 1:
             raise ValueError(f"outlier_fraction: expected 0 to 1, got {outlier_fraction}")
-        if activation_precision not in _ACTIVATION_PRECISIONS:
+        if activation_precision not in ACTIVATION_PRECISIONS:
             raise ValueError(
-                f"activation_precision: expected one of {', '.join(_ACTIVATION_PRECISIONS)}, got {activation_precision!r}"
+                f"activation_precision: expected one of {', '.join(ACTIVATION_PRECISIONS)}, "
+                f"got {activation_precision!r}"
             )
         if isinstance(modules_to_not_convert, str):
             raise TypeError(f"modules_to_not_convert: expected a list of names, got {modules_to_not_convert!r}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.preset = preset
         self.outlier_fraction = outlier_fraction
         self.modules_to_not_convert = list(modules_to_not_convert or [])
@@ -147,13 +151,14 @@ class LoopSingularBitQuantizer(HfQuantizer):
             )
         if self.pre_quantized and quantization_config.modules is None:
             raise ValueError(
-                f"config.json: quant_method is {QUANT_METHOD!r}, but quantization_config has no 'modules': the checkpoint "
-                "was not written by loop_singular_bit or is damaged"
+                f"config.json: quant_method is {QUANT_METHOD!r}, but quantization_config has no 'modules': the "
+                "checkpoint was not written by loop_singular_bit or is damaged"
             )
         self.skipped: list[tuple[str, str]] = []
         self._plan = _Plan()
+        self._failure: ValueError | None = None
 
-    # ---- before loading ------------------------------------------------------------------------------------------
+    # ---- before loading ---------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         from . import ops  # noqa: F401  Fails here, with a sentence, when the operators were not built.
@@ -237,8 +242,8 @@ class LoopSingularBitQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             if not isinstance(embedding, PackedEmbedding) or not isinstance(module, nn.Linear):
                 raise ValueError(
-                    f"config.json: quantization_config.tied_modules[{stored_name!r}]: expected a linear tied to a packed "
-                    f"embedding, got {stored_owner!r}"
+                    f"config.json: quantization_config.tied_modules[{stored_name!r}]: expected a linear tied to a "
+                    f"packed embedding, got {stored_owner!r}"
                 )
             replaced[name] = PackedLinear.tied_to(
                 embedding, module.bias, activation_precision=config.activation_precision
@@ -308,9 +313,10 @@ class LoopSingularBitQuantizer(HfQuantizer):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped)
             raise ValueError(f"nothing to quantize in {type(model).__name__}: {reasons or 'it has no linear layers'}")
         for name, owner in tied_heads.items():
-            bias = model.get_submodule(name).bias
+            head_module = model.get_submodule(name)
+            assert isinstance(head_module, nn.Linear)
             packed_head = PackedLinear.tied_to(
-                plan.embeddings[owner], bias, activation_precision=config.activation_precision
+                plan.embeddings[owner], head_module.bias, activation_precision=config.activation_precision
             )
             _replace(model, name, packed_head)
         _drop_ties(model, ties, set(tied_heads))
@@ -336,16 +342,22 @@ class LoopSingularBitQuantizer(HfQuantizer):
         assert isinstance(module, nn.Linear)
         return self._layout(module.out_features, module.in_features, planes)
 
-    # ---- while loading -------------------------------------------------------------------------------------------
+    # ---- while loading ----------------------------------------------------------------------------------------------
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self)
 
     def pack_loaded_weight(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
-        """Packs the dense weight of module `name`, which has just been read, and puts the packed module in its place."""
+        """Packs the dense weight of module `name`, which has just been read, and puts the packed module in its place.
+
+        A weight that cannot be packed is remembered and raised after loading: the loader turns every exception of this
+        call into a row of a table, and its own error says only that there is one.
+        """
         from .packed_linear import PackedLinear
         from .quantization.quantize_weight import quantize_embedding_weight, quantize_weight
 
+        if self._failure is not None:
+            return
         config = self.quantization_config
         preset = find_preset(config.preset or DEFAULT_PRESET)
         planes = self._plan.linears.get(name)
@@ -353,11 +365,15 @@ class LoopSingularBitQuantizer(HfQuantizer):
         try:
             packed_weight = quantize(weight, preset, outlier_fraction=config.outlier_fraction)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            self._failure = ValueError(f"{name}: {error}")
+            self._failure.__cause__ = error
+            return
         packed: PackedLinear | PackedEmbedding
         if planes is not None:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             packed = PackedLinear.from_packed_weight(
-                packed_weight, model.get_submodule(name).bias, activation_precision=config.activation_precision
+                packed_weight, linear.bias, activation_precision=config.activation_precision
             )
         else:
             # Filled, not made: tied heads refer to this module.
@@ -368,9 +384,11 @@ class LoopSingularBitQuantizer(HfQuantizer):
             buffer._is_hf_initialized = True  # type: ignore[attr-defined]
         _replace(model, name, packed)
 
-    # ---- after loading -------------------------------------------------------------------------------------------
+    # ---- after loading ----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._failure is not None:
+            raise self._failure
         if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
             raise ValueError("device_map: a packed model cannot be offloaded to disk; load it with device_map='cpu'")
         packed_modules = dict(_packed_modules(model))
@@ -395,7 +413,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
         for name, module in packed_modules.items():
             _check_loaded(name, module)
 
-    # ---- saving and properties -----------------------------------------------------------------------------------
+    # ---- saving and properties --------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         _describe(model, self.quantization_config)
@@ -418,7 +436,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
             replacement: nn.Module
             if isinstance(module, PackedLinear):
                 replacement = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                replacement.bias = module.bias
+                replacement.register_parameter("bias", module.bias)
             else:
                 replacement = nn.Embedding(
                     module.num_embeddings, module.embedding_dim, module.padding_idx, _weight=weight.data
@@ -475,9 +493,12 @@ def attach_quantizer(model: PreTrainedModel, preset: str, modules_to_not_convert
     config = LoopSingularBitConfig(preset=preset, modules_to_not_convert=modules_to_not_convert)
     _describe(model, config)
     _drop_ties(model, dict(model.all_tied_weights_keys), {name for name, _ in _packed_modules(model)})
-    model.hf_quantizer = LoopSingularBitQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    for attribute, value in (
+        ("hf_quantizer", LoopSingularBitQuantizer(config, pre_quantized=True)),
+        ("is_quantized", True),
+        ("quantization_method", QUANT_METHOD),
+    ):
+        setattr(model, attribute, value)
     model.config.quantization_config = config
 
 
@@ -592,7 +613,7 @@ def _drop_ties(model: PreTrainedModel, ties: Mapping[str, str], replaced: set[st
                 if target.startswith(start) and source.startswith(start)
             }
             if module._tied_weights_keys is not None and set(ties) - set(kept):
-                module._tied_weights_keys = own or None
+                module._tied_weights_keys = own
             module.all_tied_weights_keys = own
 
 

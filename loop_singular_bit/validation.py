@@ -214,17 +214,19 @@ class QualityValidator:
             max_absolute_error: the largest |original - compressed|.
             mae_over_range_percent: the figure older documents call quality error; see `WeightErrors`.
             bits_per_weight: of a packed weight.
-            output_error, output_cosine: relative L2 of the outputs, and their mean cosine over tokens; those of a packed
-                weight as its kernels compute them.
+            output_error, output_cosine: relative L2 of the outputs, and their mean cosine over tokens; the outputs of a
+                packed weight are those its kernels compute.
 
         Raises:
             ValueError: the shapes differ.
         """
-        shape = (compressed.out_features, compressed.in_features) if isinstance(compressed, PackedWeight) else None
-        if tuple(original_weight.shape) != (shape or tuple(compressed.shape)):
+        if isinstance(compressed, PackedWeight):
+            shape = [compressed.out_features, compressed.in_features]
+        else:
+            shape = list(compressed.shape)
+        if list(original_weight.shape) != shape:
             raise ValueError(
-                f"compressed: expected the shape of the original weight {list(original_weight.shape)}, "
-                f"got {list(shape or compressed.shape)}"
+                f"compressed: expected the shape of the original weight {list(original_weight.shape)}, got {shape}"
             )
         if isinstance(compressed, PackedWeight):
             errors = measure_weight_errors(original_weight, compressed)

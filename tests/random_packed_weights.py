@@ -1,6 +1,8 @@
-"""Packed weights made of random numbers, independent of the quantizer, and what is needed to judge products with them."""
+"""Packed weights made of random numbers, independent of the quantizer."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
@@ -8,6 +10,7 @@ from loop_singular_bit import reference
 from loop_singular_bit.packed_weight import PackedLayout, PackedWeight
 
 
+@lru_cache(maxsize=32)
 def random_packed_weight(
     out_features: int,
     in_features: int,
@@ -20,6 +23,8 @@ def random_packed_weight(
     free_scales: bool = False,
 ) -> PackedWeight:
     """A valid packed weight with weights of about 1 / sqrt(in_features), so that products are of order 1.
+
+    It is shared by all tests that ask for the same: never write to it.
 
     `free_scales` breaks the rules of docs/packed_format.md section 5 for plane scales.
     """
@@ -34,7 +39,7 @@ def random_packed_weight(
     def tiles(by_row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         padded = torch.zeros(tiled, *by_row.shape[1:], dtype=by_row.dtype)
         padded[:rows] = by_row
-        return padded.reshape(-1, 32, *by_row.shape[1:]).movedim(1, -1).contiguous().to(dtype)
+        return padded.reshape(tiled // 32, 32, *by_row.shape[1:]).movedim(1, -1).contiguous().to(dtype)
 
     if free_scales:
         scales = uniform(rows, planes, low=0.1, high=1.0).sort(dim=1, descending=True).values * size
@@ -45,9 +50,7 @@ def random_packed_weight(
         levels = (126 * shares / shares.sum(dim=1, keepdim=True)).floor()
         levels[:, 0] += 126 - levels.sum(dim=1)
         scales = levels * uniform(rows, 1, low=0.5, high=1.0) * size / 126
-    columns = torch.stack(
-        [torch.randperm(in_features, generator=random)[: layout.outliers].sort().values for _ in range(rows)]
-    )
+    columns = torch.rand(rows, in_features, generator=random).topk(layout.outliers).indices.sort(dim=1).values
     tensors = {
         "signs": reference.pack_signs(torch.rand(planes, rows, in_features, generator=random) < 0.5),
         "scales": tiles(scales, torch.float16),
@@ -72,6 +75,7 @@ def random_bytes_packed_weight(layout: PackedLayout, seed: int = 0) -> PackedWei
     return PackedWeight.from_tensors(tensors, layout.out_features, layout.in_features)
 
 
+@lru_cache(maxsize=32)
 def reference_dequantize(packed_weight: PackedWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return reference.dequantize(
         *packed_weight.op_tensors(), packed_weight.out_features, packed_weight.in_features, dtype=dtype

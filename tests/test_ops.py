@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,36 +79,17 @@ def error_bounds(packed: PackedWeight, input: torch.Tensor, precision: str) -> t
     - float32 sums of K + P + O + 2 products each, in any order: as many roundings of 2^-24.
     - The result is rounded to the dtype of the input.
     """
+    rows = packed.out_features
     x = input.double()
     if packed.column_scales is not None:
         x = x * packed.column_scales.double()
-    plain = PackedWeight(
-        packed.signs,
-        packed.scales,
-        packed.outlier_columns,
-        packed.outlier_deltas,
-        packed.outlier_scales,
-        packed.out_features,
-        packed.in_features,
-        None,
-        packed.means,
+    plain = reference_dequantize(replace(packed, column_scales=None))
+    deltas = reference_dequantize(
+        replace(packed, scales=torch.zeros_like(packed.scales), column_scales=None, means=None)
     )
-    rows = packed.out_features
-    plane_sum = packed.scales.double().sum(dim=1).reshape(-1)[:rows].unsqueeze(1)
-    only_planes = random_packed_weight(rows, packed.in_features, packed.planes, 0, column_scales=False)
-    only_planes = PackedWeight(
-        packed.signs,
-        packed.scales,
-        only_planes.outlier_columns,
-        only_planes.outlier_deltas,
-        only_planes.outlier_scales,
-        rows,
-        packed.in_features,
-    )
-    added = (reference_dequantize(plain) - reference_dequantize(only_planes)).abs()
-    magnitude = (
-        plane_sum + added + (packed.means.double().abs().reshape(-1)[:rows, None] if packed.means is not None else 0)
-    )
+    means = 0.0 if packed.means is None else packed.means.double().reshape(-1)[:rows, None].abs()
+    plane_sum = packed.scales.double().sum(dim=1).reshape(-1)[:rows, None]
+    magnitude = plane_sum + deltas.abs() + means
 
     largest = x.abs().amax(dim=-1, keepdim=True)
     step = {"int8": largest / 127, "int16": largest / 32767, "exact": largest * 0}[precision]
@@ -118,7 +99,7 @@ def error_bounds(packed: PackedWeight, input: torch.Tensor, precision: str) -> t
     exact = input.double() @ reference_dequantize(packed).T
     rest = roundings + output_rounding * exact.abs() + (2.0**-24 if input.dtype == torch.float16 else 0)
     bound = step / 2 * magnitude.sum(dim=1) + rest
-    mean_square = step.square() / 12 * reference_dequantize(plain).square().sum(dim=1) + rest.square()
+    mean_square = step.square() / 12 * plain.square().sum(dim=1) + rest.square()
     return bound, mean_square.mean().sqrt()
 
 
@@ -481,11 +462,11 @@ def _linear_arguments(**change: Any) -> dict[str, Any]:
 BAD_PACKED: list[tuple[dict[str, Any], str]] = [
     (
         {"signs": torch.zeros(2, 2, 3, 31, dtype=torch.int32)},
-        r"signs: expected shape \[2, 2, 3, 32\], got \[2, 2, 3, 31\]",
+        r"signs: expected shape .*32\], got \[2, 2, 3, 31\]",
     ),
     (
         {"signs": torch.zeros(1, 2, 3, 32, dtype=torch.int32)},
-        r"signs: expected shape \[2, 2, 3, 32\], got \[1, 2, 3, 32\]",
+        r"signs: expected shape \[2, .*, got \[1, 2, 3, 32\]",
     ),
     ({"signs": torch.zeros(2, 2, 32, dtype=torch.int32)}, r"signs: expected 4 dimensions"),
     ({"signs": torch.zeros(2, 9, 3, 32, dtype=torch.int32)}, r"signs: expected 1 to 8 planes, got 9"),
@@ -497,7 +478,7 @@ BAD_PACKED: list[tuple[dict[str, Any], str]] = [
     ({"outlier_columns": torch.zeros(2, 32, dtype=torch.uint16)}, r"outlier_columns: expected 3 dimensions"),
     (
         {"outlier_columns": torch.zeros(2, 71, 32, dtype=torch.uint16)},
-        r"at most in_features = 70 outliers a row, got 71",
+        r"at most in_features = 70 outliers .* 71",
     ),
     ({"outlier_deltas": torch.zeros(2, 2, 32, dtype=torch.int8)}, r"outlier_deltas: expected shape \[2, 3, 32\]"),
     ({"outlier_deltas": torch.zeros(2, 3, 32, dtype=torch.uint8)}, r"outlier_deltas: expected dtype Char"),
@@ -556,7 +537,7 @@ def test_packed_linear_refuses(change: dict[str, Any], error: type[Exception], m
         ((torch.randn(4, 70), 2, 71), RuntimeError, r"outliers: expected 0 to .*70.*got 71"),
         ((torch.randn(4, 70), 2, -1), RuntimeError, r"outliers: expected 0 to .*got -1"),
         ((torch.randn(4, 70), 2, 1, torch.ones(69).half()), RuntimeError, r"column_scales: expected shape \[70\]"),
-        ((torch.randn(4, 70), 2, 1, torch.ones(70)), RuntimeError, r"column_scales: expected dtype Half"),
+        ((torch.randn(4, 70), 2, 1, torch.ones(70)), RuntimeError, r"column_scales: expected dtype float16, got Float"),
         ((torch.randn(4, 70), 2, 1, None, torch.ones(69)), RuntimeError, r"column_importance: expected shape \[70\]"),
     ],
 )
@@ -579,7 +560,7 @@ def test_quantize_names_the_element_that_is_not_finite(value: float, dtype: torc
 @pytest.mark.parametrize("index", [40, -1, 2**40])
 def test_packed_embedding_names_the_index_out_of_range(index: int) -> None:
     packed = random_packed_weight(40, 70)
-    with pytest.raises(IndexError, match=rf"{index}\b.*40|40.*{re.escape(str(index))}"):
+    with pytest.raises(IndexError, match=rf"from 0 to num_embeddings - 1 = 39, got {index}$"):
         ops.packed_embedding(torch.tensor([0, index]), *packed.op_tensors(), 40, 70)
 
 
@@ -630,6 +611,7 @@ def test_operators_survive_any_bytes(rows: int, columns: int, planes: int, outli
 
 def test_outlier_columns_out_of_range_add_nothing(isa: str) -> None:
     packed = random_packed_weight(40, 70, outliers=3, column_scales=False)
+    packed = replace(packed, outlier_columns=packed.outlier_columns.clone())
     packed.outlier_columns.view(torch.int16)[:, 1] = 70
     packed.outlier_columns.view(torch.int16)[:, 2] = -1
     torch.testing.assert_close(packed.dequantize(), reference_dequantize(packed, torch.float32))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from loop_singular_bit import ops, reference
-from loop_singular_bit.packed_weight import FORMAT_VERSION, PackedLayout, PackedWeight
+from loop_singular_bit.packed_weight import FORMAT_VERSION, TENSOR_NAMES, PackedLayout, PackedWeight
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "packed_format.md").read_text()
@@ -61,9 +61,7 @@ def test_golden_files_are_what_the_generator_writes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(generator, "FOLDER", tmp_path)
     generator.main()
     written = sorted(tmp_path.iterdir())
-    assert [path.name for path in written] == [
-        f"packed_format_v1.{ending}" for ending in ("json", "safetensors", "txt")
-    ]
+    assert [path.suffix for path in written] == [".json", ".safetensors", ".txt"]
     for path in written:
         assert path.read_bytes() == (GOLDEN / path.name).read_bytes(), path.name
 
@@ -75,15 +73,7 @@ def test_text_and_safetensors_hold_the_same_bytes() -> None:
         if key == "weight":
             name = value
             tensors = golden_weight(name).tensors()
-        elif key in (
-            "signs",
-            "scales",
-            "outlier_columns",
-            "outlier_deltas",
-            "outlier_scales",
-            "column_scales",
-            "means",
-        ):
+        elif key in TENSOR_NAMES:
             assert bytes.fromhex(value) == tensors[key].numpy().tobytes(), (name, key)
             seen.add((name, key))
     assert seen == {(name, tensor) for name in EXPECTED for tensor in golden_weight(name).tensors()}
@@ -93,20 +83,18 @@ def test_document_shows_the_bytes_of_the_worked_example() -> None:
     packed = golden_weight("worked_example")
     shown = {name: torch.zeros_like(tensor).view(torch.uint8).numpy() for name, tensor in packed.tensors().items()}
     lane_bytes = {name: tensor.dtype.itemsize for name, tensor in packed.tensors().items()}
-    row = re.compile(
-        r"^\| `(\w+)` \| tile 0((?:, \w+ \d)*) \| `([0-9a-f ]+)`[^|]*\| `([0-9a-f ]+)`[^|]*\|$", re.MULTILINE
-    )
+    lane = r"`([0-9a-f ]+)`[^|]*"
+    row = re.compile(rf"^\| `(\w+)` \| tile 0((?:, \w+ \d)*) \| {lane}\| {lane}\|$", re.MULTILINE)
     found = row.findall(DOCUMENT)
     assert len(found) == 9
     for name, where, *lanes in found:
         index = (0, *(int(part.rsplit(" ", 1)[1]) for part in where.split(", ")[1:]))
-        for lane, text in enumerate(lanes):
+        for position, text in enumerate(lanes):
             data = bytes.fromhex(text)
             assert len(data) == lane_bytes[name]
-            shown[name][index][lane * len(data) : (lane + 1) * len(data)] = list(data)
-    one, *special = re.findall(
-        r"`([0-9a-f]{2} [0-9a-f]{2})` \([\d.]+\) for (?:each of the 40 columns|column (\d+))", DOCUMENT
-    )
+            shown[name][index][position * len(data) : (position + 1) * len(data)] = list(data)
+    columns = r"for (?:each of the 40 columns|column (\d+))"
+    one, *special = re.findall(rf"`([0-9a-f]{{2}} [0-9a-f]{{2}})` \([\d.]+\) {columns}", DOCUMENT)
     column_scales = bytearray(bytes.fromhex(one[0]) * 40)
     for text, column in special:
         column_scales[2 * int(column) : 2 * int(column) + 2] = bytes.fromhex(text)

@@ -83,7 +83,7 @@ def test_tensors_are_in_storage_order_and_make_the_weight_again() -> None:
         (
             {"scales": torch.zeros(2, 3, 32).half()},
             ValueError,
-            r"scales: expected shape \[2, 2, 32\].*got \[2, 3, 32\]",
+            r"scales: expected shape .* got \[2, 3, 32\]",
         ),
         ({"outlier_columns": torch.zeros(2, 3, 32, dtype=torch.int16)}, TypeError, r"expected dtype torch.uint16"),
         ({"column_scales": torch.zeros(69).half()}, ValueError, r"column_scales: expected shape \[70\]"),

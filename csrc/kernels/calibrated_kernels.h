@@ -1,8 +1,9 @@
 // Quantizing a weight for the least error of its outputs: what each instruction set provides for quantize_calibrated.
 //
-// The error of a layer's outputs is tr(E H E'), E = weight - approximation, H = second moment of the inputs. Rows of the
-// weight do not depend on each other: 64 of them are worked on together, transposed, so that a lane is a row. Every sum
-// over columns runs in a fixed order within a lane: all instruction sets and any number of threads give the same bytes.
+// The error of a layer's outputs is tr(E H E'), E = weight - approximation, H = second moment of the inputs. Rows of
+// the weight do not depend on each other: 64 of them are worked on together, transposed, so that a lane is a row. Every
+// sum over columns runs in a fixed order within a lane: all instruction sets and any number of threads give the same
+// bytes.
 #pragma once
 
 #include <cstdint>
@@ -65,8 +66,8 @@ struct CalibratedKernels {
   // tr(E H E') of the block, from the gradient.
   double (*loss)(const CalibratedBlock& block, const CalibrationProblem& problem);
 
-  // Least squares in the scales of each row, signs and outliers fixed, snapped to whole multiples of a unit that add up to
-  // 126; rows keep their scales where this would not help. scratch: (planes * columns + planes * 64) * 64 floats.
+  // Least squares in the scales of each row, signs and outliers fixed, snapped to whole multiples of a unit that add up
+  // to 126; rows keep their scales where this would not help. scratch: (planes * columns + planes * 64) * 64 floats.
   void (*refit_scales)(const CalibratedBlock& block, const CalibrationProblem& problem, float* scratch);
 
   // One pass of coordinate descent over plane_values and outlier_deltas, column by column. scratch: 64 * 64 floats.

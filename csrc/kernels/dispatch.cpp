@@ -3,6 +3,12 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace loop_singular_bit {
 namespace {
 
@@ -11,12 +17,23 @@ const std::vector<const KernelTable*>& built_kernels() {
   static const std::vector<const KernelTable*> tables = {
 #if defined(__x86_64__)
       &kAvx512VnniKernels,
+      &kAvxVnniKernels,
       &kAvx2Kernels,
+#elif defined(__aarch64__) && defined(__linux__)
+      &kNeonKernels,
 #endif
       &kScalarKernels,
   };
   return tables;
 }
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports("avxvnni") is unknown to clang 14.
+bool has_avx_vnni() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
 
 bool machine_supports(const KernelTable* table) {
 #if defined(__x86_64__)
@@ -25,9 +42,12 @@ bool machine_supports(const KernelTable* table) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
   }
-  if (table == &kAvx2Kernels) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  }
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (table == &kAvxVnniKernels) return has_avx2 && has_avx_vnni();
+  if (table == &kAvx2Kernels) return has_avx2;
+#elif defined(__aarch64__) && defined(__linux__)
+  if (table == &kNeonKernels) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
   return table == &kScalarKernels;
 }

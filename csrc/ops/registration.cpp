@@ -30,6 +30,10 @@ TORCH_LIBRARY(loop_singular_bit, m) {
       "quantize(Tensor weight, int planes, int outliers, Tensor? column_scales=None, "
       "Tensor? column_importance=None, bool means=False) -> (Tensor signs, Tensor scales, Tensor outlier_columns, "
       "Tensor outlier_deltas, Tensor outlier_scales, Tensor means)");
+  m.def(
+      "quantize_calibrated(Tensor weight, Tensor hessian, int planes, int outliers, Tensor? column_scales=None, "
+      "int rounds=5, float damping=0.01) -> (Tensor signs, Tensor scales, Tensor outlier_columns, "
+      "Tensor outlier_deltas, Tensor outlier_scales, Tensor column_scales, Tensor losses, Tensor damping)");
 
   // Packed -> dense.
   m.def(

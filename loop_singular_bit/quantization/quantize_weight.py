@@ -9,15 +9,15 @@ from loop_singular_bit.packed_weight import MAX_IN_FEATURES, PackedWeight
 from loop_singular_bit.quantization.historic import quantize_historic
 from loop_singular_bit.quantization.presets import DEFAULT_PRESET, Preset, find_preset, outlier_count
 
-# Column scales of 4096 evenly spread rows differ from those of all rows by less than they differ between halves of
-# a weight, and a checkpoint that is read in row blocks needs no second pass over every byte.
-MAX_COLUMN_SCALE_ROWS = 4096
+# Enough: on 4096 x 4096 Student-t weights with loud columns, two planes leave a relative error of 0.31892 with 1024
+# rows and 0.31873 with all. And small: a stream holds these rows, 29 MB for 14,336 columns of bfloat16, not 117.
+MAX_COLUMN_SCALE_ROWS = 1024
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def column_scale_rows(out_features: int) -> torch.Tensor:
-    """int64 indices of the rows that column scales are fitted on: all of them up to 4096, else 4096 evenly spread."""
+    """int64 indices of the rows that column scales are fitted on: all of them up to 1024, else 1024 evenly spread."""
     count = min(out_features, MAX_COLUMN_SCALE_ROWS)
     return torch.arange(count, dtype=torch.int64) * out_features // count
 

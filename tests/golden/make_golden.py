@@ -1,9 +1,9 @@
 """Writes the golden files of packed format version 1: `python tests/golden/make_golden.py`.
 
-They are made here from bits and numbers spelled out by hand (worked_example, docs/packed_format.md) or drawn from a seed
+They are made from bits and numbers spelled out by hand (worked_example, docs/packed_format.md) or drawn from a seed
 (every_tensor), with numpy only, so that they do not depend on any code that is tested against them.
 
-packed_format_v1.txt          one `name values` line per item; tensors as hexadecimal little-endian bytes; for GoogleTest
+packed_format_v1.txt          one `name values` line per item; tensors as hexadecimal bytes; for GoogleTest
 packed_format_v1.json         shapes and expected values
 packed_format_v1.safetensors  the tensors of both weights, in the order of a packed checkpoint
 """
@@ -116,7 +116,7 @@ def with_product(weight: dict[str, object]) -> dict[str, object]:
 def write_text(weights: list[dict[str, object]]) -> None:
     lines = [
         "# Packed format version 1. Written by make_golden.py. Each line: a name, then its values.",
-        "# Tensors: hexadecimal little-endian bytes. expected: the dense weight, row by row. output = expected x input.",
+        "# Tensors: hexadecimal bytes. expected: the dense weight, row by row. output = expected x input.",
     ]
     for weight in weights:
         tensors = weight["tensors"]

@@ -182,16 +182,20 @@ inline RowSums sum_exact_columns(const int32_t* plane, const DecodeActivations& 
   return sums;
 }
 
-// Sixteen activations by column index. Scalar loads and inserts: twice as fast as vgatherdps on Zen 4 and Zen 5.
+// Sixteen activations by column index. Scalar loads and inserts: twice as fast as vgatherdps on Zen 4 and Zen 5. Indices
+// are read in pairs, which costs fewer instructions than one by one or four at once.
+//
+// g++ 12 folds a 16-byte load into the four-byte memory operand of vinsertps, but not a four-byte one. What lies behind
+// the last column are the codes.
 inline __m512 gather_columns(const float* columns, const uint16_t* indices) {
   __m128 quads[4];
   for (int i = 0; i < 4; ++i) {
-    uint64_t four;
-    __builtin_memcpy(&four, indices + 4 * i, sizeof(four));
-    __m128 quad = _mm_load_ss(columns + (four & 0xffff));
-    quad = _mm_insert_ps(quad, _mm_load_ss(columns + ((four >> 16) & 0xffff)), 0x10);
-    quad = _mm_insert_ps(quad, _mm_load_ss(columns + ((four >> 32) & 0xffff)), 0x20);
-    quads[i] = _mm_insert_ps(quad, _mm_load_ss(columns + (four >> 48)), 0x30);
+    uint32_t pairs[2];
+    __builtin_memcpy(pairs, indices + 4 * i, sizeof(pairs));
+    __m128 quad = _mm_load_ss(columns + (pairs[0] & 0xffff));
+    quad = _mm_insert_ps(quad, _mm_loadu_ps(columns + (pairs[0] >> 16)), 0x10);
+    quad = _mm_insert_ps(quad, _mm_loadu_ps(columns + (pairs[1] & 0xffff)), 0x20);
+    quads[i] = _mm_insert_ps(quad, _mm_loadu_ps(columns + (pairs[1] >> 16)), 0x30);
   }
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set_m128(quads[1], quads[0])),
                             _mm256_set_m128(quads[3], quads[2]), 1);

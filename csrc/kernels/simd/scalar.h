@@ -10,6 +10,7 @@ namespace loop_singular_bit {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kVectorRegisters = 8;  // of sixteen lanes: how far loops are unrolled
 
 struct F32x16 {
   float lane[kLanes];
@@ -89,6 +90,12 @@ inline F32x16 mul(F32x16 a, F32x16 b) {
 inline F32x16 div(F32x16 a, F32x16 b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] /= b.lane[i];
   return a;
+}
+
+// a * b + c, rounded once.
+inline F32x16 fused_multiply_add(F32x16 a, F32x16 b, F32x16 c) {
+  for (int i = 0; i < kLanes; ++i) c.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
+  return c;
 }
 
 // b where either is a NaN.

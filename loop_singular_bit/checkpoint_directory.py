@@ -1,4 +1,4 @@
-"""An unquantized Hugging Face checkpoint on disk: its shards, its configuration, the files that go along with it."""
+"""A Hugging Face checkpoint on disk: its shards, its configuration, the files that go along with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _COMPANION_PATTERNS = (
 )
 
 
-class SourceCheckpoint:
+class CheckpointDirectory:
     """The tensors of a directory with `model.safetensors` or with shards and their index, and its `config.json`.
 
     Raises:
@@ -61,7 +61,7 @@ class SourceCheckpoint:
             self.close()
             raise
 
-    def __enter__(self) -> SourceCheckpoint:
+    def __enter__(self) -> CheckpointDirectory:
         return self
 
     def __exit__(
@@ -78,14 +78,13 @@ class SourceCheckpoint:
         return list(self._shard_of)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.entry(name).nbytes for name in self._shard_of)
-
-    @property
     def file_bytes(self) -> int:
         """Bytes of the shards."""
-        return sum(reader.file_bytes for reader in self._readers.values())
+        return sum(self.shard_bytes().values())
+
+    def shard_bytes(self) -> dict[str, int]:
+        """File name of each shard to its size."""
+        return {name: reader.file_bytes for name, reader in self._readers.items()}
 
     def __contains__(self, tensor: object) -> bool:
         return tensor in self._shard_of
@@ -149,7 +148,7 @@ class SourceCheckpoint:
         for tensor, shard in weight_map.items():
             if not is_plain_file_name(shard):
                 raise CheckpointError(
-                    f"{index_path}: tensor {tensor}: shard {shard!r} is not the name of a safetensors file in this directory"
+                    f"{index_path}: tensor {tensor}: shard {shard!r} is not the name of a safetensors file beside it"
                 )
             if tensor not in self._open(shard).entries:
                 raise CheckpointError(f"{self.path / shard}: tensor {tensor} is missing, {INDEX_FILE} promises it")

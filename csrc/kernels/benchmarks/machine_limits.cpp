@@ -1,0 +1,134 @@
+#include "machine_limits.h"
+
+#include <benchmark/benchmark.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace loop_singular_bit {
+namespace {
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx512f,avx512vnni"))) int64_t spin_avx512_vnni(int64_t rounds) {
+  // Sixteen independent chains hide the latency; clobbers keep the loop out of the optimizer's hands.
+  for (int64_t i = 0; i < rounds; ++i) {
+    __asm__ volatile(
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm0\n vpdpbusd %%zmm30, %%zmm31, %%zmm1\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm2\n vpdpbusd %%zmm30, %%zmm31, %%zmm3\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm4\n vpdpbusd %%zmm30, %%zmm31, %%zmm5\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm6\n vpdpbusd %%zmm30, %%zmm31, %%zmm7\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm8\n vpdpbusd %%zmm30, %%zmm31, %%zmm9\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm10\n vpdpbusd %%zmm30, %%zmm31, %%zmm11\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm12\n vpdpbusd %%zmm30, %%zmm31, %%zmm13\n"
+        "vpdpbusd %%zmm30, %%zmm31, %%zmm14\n vpdpbusd %%zmm30, %%zmm31, %%zmm15\n" ::
+            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+              "xmm13", "xmm14", "xmm15");
+  }
+  return rounds * 16 * 64;
+}
+
+__attribute__((target("avx2"))) int64_t spin_avx2(int64_t rounds) {
+  // Without VNNI eight products cost a vpmaddubsw, a vpaddw and, now and then, a widening; count the first two.
+  for (int64_t i = 0; i < rounds; ++i) {
+    __asm__ volatile(
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm8\n vpaddw %%ymm8, %%ymm0, %%ymm0\n"
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm9\n vpaddw %%ymm9, %%ymm1, %%ymm1\n"
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm10\n vpaddw %%ymm10, %%ymm2, %%ymm2\n"
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm11\n vpaddw %%ymm11, %%ymm3, %%ymm3\n"
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm12\n vpaddw %%ymm12, %%ymm4, %%ymm4\n"
+        "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n vpaddw %%ymm13, %%ymm5, %%ymm5\n" ::
+            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13");
+  }
+  return rounds * 6 * 32;
+}
+
+__attribute__((target("avx2"))) int64_t read_avx2(const char* data, int64_t bytes) {
+  __m256i sums[4] = {};
+  for (int64_t i = 0; i + 128 <= bytes; i += 128) {
+    _mm_prefetch(data + i + 16384, _MM_HINT_T1);
+    _mm_prefetch(data + i + 16384 + 64, _MM_HINT_T1);
+    for (int j = 0; j < 4; ++j) {
+      sums[j] = _mm256_add_epi64(sums[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+    }
+  }
+  const __m256i sum = _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3]));
+  return _mm256_extract_epi64(sum, 0) + _mm256_extract_epi64(sum, 1) + _mm256_extract_epi64(sum, 2) +
+         _mm256_extract_epi64(sum, 3);
+}
+
+#endif
+
+int64_t read_portable(const char* data, int64_t bytes) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i + 8 <= bytes; i += 8) {
+    int64_t value;
+    std::memcpy(&value, data + i, sizeof(value));
+    sum += value;
+  }
+  return sum;
+}
+
+void read_dram(benchmark::State& state) {
+  const int64_t bytes = int64_t{256} << 20;
+  const std::unique_ptr<char, decltype(&std::free)> data(static_cast<char*>(std::aligned_alloc(4096, bytes)),
+                                                         &std::free);
+  std::memset(data.get(), 1, bytes);
+  for (auto _ : state) benchmark::DoNotOptimize(read_memory(data.get(), bytes));
+  state.SetBytesProcessed(state.iterations() * bytes);
+}
+BENCHMARK(read_dram)->Name("machine/read_dram")->ThreadRange(1, 2)->UseRealTime();
+
+void int8_products(benchmark::State& state) {
+  int64_t products = 0;
+  for (auto _ : state) products += spin_int8_products(100000);
+  state.counters["MAC/s"] = benchmark::Counter(static_cast<double>(products), benchmark::Counter::kIsRate);
+  state.counters["GHz"] = benchmark::Counter(measured_clock() / 1e9, benchmark::Counter::kAvgThreads);
+}
+BENCHMARK(int8_products)->Name("machine/int8_products")->ThreadRange(1, 2)->UseRealTime();
+
+}  // namespace
+
+int64_t read_memory(const void* data, int64_t bytes) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) return read_avx2(static_cast<const char*>(data), bytes);
+#endif
+  return read_portable(static_cast<const char*>(data), bytes);
+}
+
+int64_t spin_int8_products(int64_t rounds) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512vnni")) return spin_avx512_vnni(rounds);
+  if (__builtin_cpu_supports("avx2")) return spin_avx2(rounds);
+#endif
+  return 0;
+}
+
+double measured_clock() {
+  using Clock = std::chrono::steady_clock;
+  double best = 0;
+  for (int attempt = 0; attempt < 5; ++attempt) {
+    constexpr int64_t kRounds = 100000;
+    int64_t value = 0;
+    const auto begin = Clock::now();
+    for (int64_t i = 0; i < kRounds; ++i) {
+#if defined(__x86_64__)
+      __asm__ volatile("add $1, %0\n add $1, %0\n add $1, %0\n add $1, %0\n" : "+r"(value));
+#elif defined(__aarch64__)
+      __asm__ volatile("add %0, %0, #1\n add %0, %0, #1\n add %0, %0, #1\n add %0, %0, #1\n" : "+r"(value));
+#endif
+    }
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    const double clock = 4 * kRounds / seconds;
+    best = clock > best ? clock : best;
+  }
+  return best;
+}
+
+}  // namespace loop_singular_bit

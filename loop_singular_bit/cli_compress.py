@@ -1,0 +1,237 @@
+"""`loop-singular-bit compress`: a checkpoint to a packed checkpoint, with a progress bar and a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compression_run import CompressionProgress
+
+HELP = "compress a checkpoint directory (config.json and safetensors files) or a model of the Hugging Face Hub"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from .cli import add_output_arguments
+
+    parser.add_argument("source", metavar="SRC", help="checkpoint directory, or the name of a model on the Hub")
+    parser.add_argument("output", metavar="DST", type=Path, help="directory to make")
+    parser.add_argument("--preset", default="b2", help="b1, b2 (default), b3, b4 or historic")
+    parser.add_argument("--outlier-ratio", metavar="R", type=float, help="outliers of a row over its columns, 0 to 1")
+    parser.add_argument(
+        "--target-ram-mb", metavar="MB", type=float, default=400.0, help="limit of peak resident memory (default 400)"
+    )
+    parser.add_argument("--target-storage-gb", metavar="GB", type=float, help="limit of the packed shards, checked")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads that quantize; the bytes do not depend on it")
+    parser.add_argument(
+        "--skip-modules", metavar="NAME", nargs="+", default=[], help="modules to keep: names, parts of names, patterns"
+    )
+    parser.add_argument("--keep-embeddings", action="store_true", help="do not pack token embeddings and output heads")
+    parser.add_argument("--max-layers", metavar="N", type=int, help="pack the first N layers only, keep the others")
+    parser.add_argument("--max-shard-gb", metavar="GB", type=float, default=5.0, help="largest shard (default 5)")
+    parser.add_argument("--resume", action="store_true", help="continue what was interrupted")
+    parser.add_argument("--overwrite", action="store_true", help="replace a packed checkpoint, finished or not, at DST")
+    parser.add_argument("--force", action="store_true", help="allow a preset that is unusable without calibration")
+    parser.add_argument(
+        "--evaluate-text",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="also measure the perplexity of both on UTF-8 text",
+    )
+    parser.add_argument(
+        "--quality-threshold",
+        metavar="PERCENT",
+        type=float,
+        default=1.0,
+        help="with --evaluate-text: fail (exit code 5) when perplexity rises by more (default 1)",
+    )
+    add_output_arguments(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    from .cli import EXIT_OK, EXIT_QUALITY, PROGRAM, print_json
+
+    texts = [path.read_text(encoding="utf-8") for path in parsed.evaluate_text or ()]
+    source = find_source(parsed.source)
+
+    from .compressor import LoopCompressor
+
+    compressor = LoopCompressor(
+        outlier_ratio=parsed.outlier_ratio,
+        target_ram_mb=parsed.target_ram_mb,
+        target_storage_gb=parsed.target_storage_gb,
+        quality_threshold=parsed.quality_threshold,
+        preset=parsed.preset,
+        threads=parsed.threads,
+        skip_modules=parsed.skip_modules,
+        quantize_embeddings=not parsed.keep_embeddings,
+        max_shard_gb=parsed.max_shard_gb,
+        force=parsed.force,
+    )
+    with _ProgressBar(disable=parsed.quiet) as progress:
+        results = compressor.compress_model(
+            source,
+            parsed.output,
+            resume=parsed.resume,
+            overwrite=parsed.overwrite,
+            max_layers=parsed.max_layers,
+            evaluate_text=texts or None,
+            progress=progress.update,
+        )
+    validation = compressor.validate_compression()
+    if parsed.json:
+        print_json({**results, "output": str(parsed.output), "validation": validation})
+    elif not parsed.quiet:
+        _print_table(results, validation, parsed.output)
+    if validation["passed"]:
+        return EXIT_OK
+    for name, check in validation.items():
+        if isinstance(check, dict) and check["status"] == "fail":
+            print(
+                f"{PROGRAM}: {name} target missed: {check['measured']:.4g} {check['unit']}, target {check['target']:g}",
+                file=sys.stderr,
+            )
+    return EXIT_QUALITY
+
+
+def find_source(name: str) -> Path:
+    """A directory as it is; anything else that looks like a Hub name is downloaded into the Hub's cache.
+
+    Raises:
+        CheckpointError: neither a directory nor a name of the form organisation/model.
+    """
+    from .errors import CheckpointError
+
+    if Path(name).is_dir():
+        return Path(name)
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name}: expected a directory, or a Hub name of the form organisation/model")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(f"{name} is no directory, and the Hub needs: pip install huggingface_hub") from error
+    try:
+        # Downloads weights as safetensors only: pickles run code, and nothing here reads them.
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.md"]))
+    except Exception as error:
+        raise CheckpointError(f"{name}: no such directory, and the Hub says: {error}") from error
+
+
+class _ProgressBar:
+    """Tensors, bytes, time left, peak memory and the error of the module just done, on standard error."""
+
+    def __init__(self, disable: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=0,
+            unit="B",
+            unit_scale=True,
+            disable=disable,
+            leave=False,
+            file=sys.stderr,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
+        )
+        self._error = ""
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, progress: CompressionProgress) -> None:
+        bar = self._bar
+        if bar.disable:
+            return
+        if not bar.total:
+            bar.total = progress.bytes_total
+            bar.initial = bar.n = progress.bytes_resumed
+        if progress.finished and progress.relative_error is not None:
+            self._error = f"{progress.name} error {progress.relative_error:.4f}, "
+        bar.set_postfix_str(
+            f"{self._error}{progress.tensors_done}/{progress.tensors_total} tensors, {progress.peak_ram_mb:.0f} MB RAM",
+            refresh=False,
+        )
+        bar.update(progress.bytes_done - bar.n)
+
+
+def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Path) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from .cli import make_console
+
+    summary = results["compression_summary"]
+    console = make_console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{output}: preset {results['options']['preset']}")
+    for heading in ("modules", "shape", "planes", "bits/weight", "relative error", "SQNR dB"):
+        table.add_column(heading, justify="left" if heading == "modules" else "right")
+    for name, group in _groups(results["layer_results"]).items():
+        errors = [layer["relative_error"] for layer in group if layer["relative_error"] is not None]
+        sqnrs = [layer["sqnr_db"] for layer in group if layer["sqnr_db"] is not None]
+        shapes = {f"{layer['out_features']} x {layer['in_features']}" for layer in group}
+        table.add_row(
+            f"{name} ({len(group)})" if len(group) > 1 else name,
+            shapes.pop() if len(shapes) == 1 else "various",
+            str(group[0]["planes"]),
+            f"{group[0]['bits_per_weight']:.3f}",
+            _span(errors, 4),
+            _span(sqnrs, 1),
+        )
+    console.print(table)
+    ratio = summary["average_compression_ratio"]
+    lines = [
+        f"{summary['layers_compressed']} modules packed at {summary['bits_per_weight']:.3f} bits per weight "
+        f"(linears {_figure(summary['bits_per_weight_linears'])}, embeddings and head "
+        f"{_figure(summary['bits_per_weight_embeddings_and_heads'])}), {ratio:.2f} times smaller than "
+        f"{summary['baseline_dtype']}",
+        f"{summary['source_bytes']:,} bytes on disk before, {summary['output_bytes']:,} after "
+        f"({summary['file_compression_ratio']:.2f} times smaller); "
+        f"{summary['bits_per_parameter']:.3f} bits per parameter, everything counted",
+        f"peak RAM {summary['max_ram_usage_mb']:.0f} MB ({validation['ram']['status']}), {summary['seconds']:.1f} s, "
+        f"relative error of all packed weights {_figure(summary['relative_error'])}",
+        _quality_line(results, validation),
+    ]
+    kept = [tensor for tensor in results["kept_tensors"] if tensor["reason"] != "not a 2-D weight"]
+    lines += [f"kept as it is: {tensor['name']}: {tensor['reason']}" for tensor in kept[:20]]
+    if len(kept) > 20:
+        lines.append(f"and {len(kept) - 20} more: see compression_report.json")
+    lines += [f"tied: {head} uses {embedding}" for head, embedding in results["tied_modules"].items()]
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _quality_line(results: dict[str, Any], validation: dict[str, Any]) -> str:
+    if results["evaluation"] is None:
+        return "quality: not evaluated (give --evaluate-text, or run: loop-singular-bit evaluate DST --against SRC)"
+    evaluation = results["evaluation"]
+    return (
+        f"quality: perplexity {evaluation['perplexity_original']:.3f} -> {evaluation['perplexity']:.3f}, "
+        f"KL {evaluation['kl_divergence']:.4f} nats per token, top-1 agreement {evaluation['top1_agreement']:.3f} "
+        f"({validation['quality']['status']})"
+    )
+
+
+def _groups(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The same module of all layers in one row of the table."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        name = ".".join("*" if part.isdigit() else part for part in layer["name"].split("."))
+        groups.setdefault(name, []).append(layer)
+    return groups
+
+
+def _span(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} - {high}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
