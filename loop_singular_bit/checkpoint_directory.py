@@ -137,7 +137,12 @@ class CheckpointDirectory:
 
     def _locate(self) -> Iterator[tuple[str, str]]:
         index_path = self.path / INDEX_FILE
-        if (self.path / SINGLE_FILE).is_file() or not index_path.is_file():
+        if not (self.path / SINGLE_FILE).exists() and not index_path.exists():
+            raise CheckpointError(
+                f"{self.path}: expected {SINGLE_FILE} or {INDEX_FILE}; weights in other formats, such as pickles, are "
+                "not read: save the model with safetensors first"
+            )
+        if (self.path / SINGLE_FILE).exists():
             reader = self._open(SINGLE_FILE)
             for tensor in reader.entries:
                 yield tensor, SINGLE_FILE

@@ -59,6 +59,9 @@ def verify_checkpoint(
         _check_ties(checkpoint, found)
         original = None if against is None else CheckpointDirectory(against)
         squared_error = squared_weight = 0.0
+        threads = torch.get_num_threads()
+        # Pieces that fit a cache are too small to share among threads.
+        torch.set_num_threads(1)
         try:
             for number, module in enumerate(checkpoint.modules.values()):
                 if progress is not None:
@@ -72,6 +75,7 @@ def verify_checkpoint(
             if progress is not None:
                 progress("", len(checkpoint.modules), len(checkpoint.modules))
         finally:
+            torch.set_num_threads(threads)
             if original is not None:
                 original.close()
         return {

@@ -29,6 +29,8 @@ EXIT_MEMORY_BUDGET = 4
 EXIT_QUALITY = 5
 EXIT_INTERRUPTED = 130
 
+_FILE_WIDTH = 160
+
 _COMMANDS = {
     "compress": cli_compress,
     "inspect": cli_inspect,
@@ -95,7 +97,7 @@ def print_json(value: Any) -> None:
 def make_console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 def _fail(parsed: argparse.Namespace, message: str, code: int) -> int:

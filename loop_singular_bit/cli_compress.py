@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-storage-gb", metavar="GB", type=float, help="limit of the packed shards, checked")
     parser.add_argument("--threads", metavar="N", type=int, help="threads that quantize; the bytes do not depend on it")
     parser.add_argument(
-        "--skip-modules", metavar="NAME", nargs="+", default=[], help="modules to keep: names, parts of names, patterns"
+        "--skip-modules",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="modules to keep: what their names start or end with at a dot, or regular expressions",
     )
     parser.add_argument("--keep-embeddings", action="store_true", help="do not pack token embeddings and output heads")
     parser.add_argument("--max-layers", metavar="N", type=int, help="pack the first N layers only, keep the others")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ HELP = "show the tensors of a packed checkpoint, bits per weight, and the shares
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="packed checkpoint")
     parser.add_argument("--all", action="store_true", help="show every layer, also those that look like the one before")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw errors and bits by layer (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -23,6 +25,10 @@ def run(parsed: argparse.Namespace) -> int:
     from .cli import EXIT_OK, make_console, print_json
 
     facts = inspect_checkpoint(parsed.directory)
+    if parsed.plot is not None:
+        from .plots import plot_report
+
+        plot_report(parsed.directory, parsed.plot)
     if parsed.json:
         print_json(facts)
         return EXIT_OK
@@ -44,38 +50,43 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     return lines + [f"tied: {head} uses {owner}" for head, owner in facts["tied_modules"].items()]
 
 
+@dataclass
+class _Node:
+    """A module: what it is if something is stored under its own name, and the modules inside."""
+
+    label: str = ""
+    children: dict[str, _Node] = field(default_factory=dict)
+
+
 def _tree(facts: dict[str, Any], fold: bool) -> Tree:
     from rich.tree import Tree
 
-    leaves = {module["name"]: _module_label(module) for module in facts["modules"]}
-    leaves |= {tensor["name"]: _kept_label(tensor) for tensor in facts["kept_tensors"]}
-    nested: dict[str, Any] = {}
-    for name, label in leaves.items():
-        *path, leaf = name.split(".")
-        node = nested
-        for part in path:
-            child = node.setdefault(part, {})
-            # A bias is stored below the name of a packed module, which is a leaf.
-            node = child if isinstance(child, dict) else node
-        node[leaf if isinstance(node.get(leaf, ""), str) else f"{leaf} "] = label
+    root = _Node()
+    labels = {module["name"]: _module_label(module) for module in facts["modules"]}
+    labels |= {tensor["name"]: _kept_label(tensor) for tensor in facts["kept_tensors"]}
+    for name, label in labels.items():
+        node = root
+        for part in name.split("."):
+            node = node.children.setdefault(part, _Node())
+        node.label = label
     tree = Tree(f"{facts['path']}: preset {facts['preset']}, format {facts['format_version']}", highlight=False)
-    _grow(tree, nested, fold)
+    _grow(tree, root, fold)
     return tree
 
 
-def _grow(tree: Tree, nested: dict[str, Any], fold: bool) -> None:
-    items = sorted(nested.items(), key=lambda item: (not item[0].isdigit(), int(item[0]) if item[0].isdigit() else 0))
+def _grow(tree: Tree, node: _Node, fold: bool) -> None:
+    items = list(node.children.items())
     position = 0
     while position < len(items):
-        name, content = items[position]
+        name, child = items[position]
         last = position
-        while fold and name.isdigit() and last + 1 < len(items) and items[last + 1][1] == content:
+        while fold and name.isdigit() and last + 1 < len(items) and items[last + 1][1] == child:
             last += 1
-        label = name if last == position else f"{name} to {items[last][0]}, each"
-        if isinstance(content, dict):
-            _grow(tree.add(label, highlight=False), content, fold)
-        else:
-            tree.add(f"{label}  {content}", highlight=False)
+        title = name if last == position else f"{name} to {items[last][0]}, each"
+        while not child.label and len(child.children) == 1:
+            ((inner, child),) = child.children.items()
+            title += f".{inner}"
+        _grow(tree.add(f"{title}  {child.label}".rstrip(), highlight=False), child, fold)
         position = last + 1
 
 
@@ -85,7 +96,8 @@ def _module_label(module: dict[str, Any]) -> str:
     outliers = sum(parts[name] for name in ("outlier_columns", "outlier_deltas", "outlier_scales")) / module["bytes"]
     return (
         f"{module['kind']} {module['out_features']} x {module['in_features']}: {module['planes']} planes, "
-        f"{module['outliers']} outliers a row, {module['bits_per_weight']:.3f} bits per weight, {module['bytes']:,} bytes "
+        f"{module['outliers']} outliers a row, {module['bits_per_weight']:.3f} bits per weight, "
+        f"{module['bytes']:,} bytes "
         f"(signs {100 * signs:.0f} %, scales {100 * (1 - signs - outliers):.0f} %, outliers {100 * outliers:.0f} %)"
     )
 

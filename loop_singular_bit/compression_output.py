@@ -7,6 +7,7 @@ checked against the file before it is trusted, so that the journal needs no orde
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -63,9 +64,11 @@ class Journal:
     def append(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         try:
-            os.write(self._descriptor, line)
+            written = os.write(self._descriptor, line)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
         if self._descriptor >= 0:

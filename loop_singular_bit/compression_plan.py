@@ -191,7 +191,7 @@ def plan_compression(
 
     Args:
         outlier_fraction: outliers of a row over its columns; None means the preset's.
-        skip_modules: names, parts of names or regular expressions as in `QuantizationConfig.skip_modules`.
+        skip_modules: as in `QuantizationConfig`.
         quantize_embeddings: also pack token embeddings and output heads.
         max_layers: keep decoder layers from this number on as they are; None packs all.
         max_shard_bytes: a shard ends before the module that would make it larger.

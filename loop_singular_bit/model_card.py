@@ -43,7 +43,7 @@ def model_card(source: CheckpointDirectory, results: Mapping[str, Any]) -> str:
         f"| bits per weight, embeddings and heads | {_figure(summary['bits_per_weight_embeddings_and_heads'])} |",
         f"| bits per parameter, whole file | {summary['bits_per_parameter']:.3f} |",
         f"| bytes of the shards | {summary['output_bytes']:,} |",
-        f"| packed weights, {summary['baseline_dtype']} over stored bytes | {summary['average_compression_ratio']:.2f} |",
+        f"| packed weights, {summary['baseline_dtype']} bytes over stored | {_ratio(summary)} |",
         f"| relative error of the weights (Frobenius) | {_figure(summary['relative_error'])} |",
         "",
         "Bits count every stored byte: signs, scales, outliers and their positions, padding. The error is that of the",
@@ -61,6 +61,10 @@ def base_model_name(source: CheckpointDirectory) -> str:
         return f"{match[1]}/{match[2]}"
     name = source.config.get("_name_or_path")
     return name if isinstance(name, str) and name and not name.startswith((".", "/")) else resolved.name
+
+
+def _ratio(summary: Mapping[str, Any]) -> str:
+    return f"{summary['average_compression_ratio']:.2f}"
 
 
 def _figure(value: float | None) -> str:

@@ -62,14 +62,16 @@ class _PackedModule(nn.Module):
     def _packed_buffers(self) -> ops.PackedTensors:
         if self._owner:
             return self._owner[0]._packed_buffers()
+        # As attributes of a module they would take 15 microseconds.
+        buffers: dict[str, Any] = self._buffers
         return (
-            self.signs,
-            self.scales,
-            self.outlier_columns,
-            self.outlier_deltas,
-            self.outlier_scales,
-            self.column_scales,
-            self.means,
+            buffers["signs"],
+            buffers["scales"],
+            buffers["outlier_columns"],
+            buffers["outlier_deltas"],
+            buffers["outlier_scales"],
+            buffers["column_scales"],
+            buffers["means"],
         )
 
     def _weight_repr(self) -> str:

@@ -209,7 +209,7 @@ class PackedWeight:
         return cls(**tensors, out_features=out_features, in_features=in_features)
 
     def validate(self) -> None:
-        """Checks what a reader of foreign bytes must check: outlier columns in range and ascending, finite scales.
+        """Checks contents: finite scales of the right sign, largest plane first; outlier columns in range, ascending.
 
         Raises:
             ValueError: naming the tensor, the row and the value.
@@ -220,11 +220,22 @@ class PackedWeight:
         if (scales < 0).any():
             row, plane = (scales < 0).nonzero()[0].tolist()
             raise ValueError(f"scales: expected >= 0, got {scales[row, plane].item()} at row {row}, plane {plane}")
+        growing = scales[:, 1:] > scales[:, :-1]
+        if growing.any():
+            row, plane = growing.nonzero()[0].tolist()
+            raise ValueError(
+                f"scales: expected the largest plane first, got {scales[row, plane].item()} then "
+                f"{scales[row, plane + 1].item()} at row {row}, plane {plane + 1}"
+            )
         _check_finite("outlier_scales", self.outlier_scales.reshape(-1, 1)[:rows], "row")
         if self.means is not None:
             _check_finite("means", self.means.reshape(-1, 1)[:rows], "row")
         if self.column_scales is not None:
             _check_finite("column_scales", self.column_scales.reshape(-1, 1), "column")
+            if (self.column_scales <= 0).any():
+                column = int((self.column_scales <= 0).nonzero()[0])
+                value = self.column_scales[column].item()
+                raise ValueError(f"column_scales: expected > 0, got {value} at column {column}")
         columns = _rows_first(self.outlier_columns.to(torch.int32), rows)
         deltas = _rows_first(self.outlier_deltas, rows)
         if (columns >= self.in_features).any():

@@ -159,7 +159,7 @@ def evaluate_language_model(
         perplexity_ratio_standard_error=ratio_error,
         kl_divergence=float(divergences.mean()),
         kl_divergence_standard_error=_standard_error(divergences),
-        kl_divergence_median=float(divergences.quantile(0.5) if total < 2**24 else divergences.median()),
+        kl_divergence_median=float(divergences.median()),
         kl_divergence_p99=float(divergences.sort().values[min(total - 1, math.ceil(0.99 * total) - 1)]),
         top1_agreement=agreement,
         top1_agreement_standard_error=math.sqrt(agreement * (1 - agreement) / total),

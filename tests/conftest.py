@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +11,8 @@ from loop_singular_bit import ops
 
 
 def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # the workers share the cores
+    # Tensors here are small: threads that wait for each other would take most of the time. Tests about threads set more.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -31,4 +30,4 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_report_header() -> str:
-    return f"loop_singular_bit instruction sets: {', '.join(ops.supported_isas())}; threads: {torch.get_num_threads()}"
+    return f"loop_singular_bit instruction sets: {', '.join(ops.supported_isas())}"

@@ -54,7 +54,7 @@ def test_from_embedding_uses_the_planes_for_embeddings() -> None:
     indices = torch.randint(0, 50, (4, 5))
     assert torch.equal(packed(indices), packed.packed_weight.dequantize()[indices])
     assert torch.equal(packed(torch.tensor([3])), torch.zeros(1, 64))
-    with pytest.raises(ValueError, match="max_norm=None, got 1.0"):
+    with pytest.raises(ValueError, match=r"max_norm=None, got 1\.0"):
         PackedEmbedding.from_embedding(nn.Embedding(50, 64, max_norm=1.0))
 
 
@@ -118,7 +118,7 @@ def test_loading_other_shapes_fails() -> None:
     state = PackedLinear.from_packed_weight(random_packed_weight(40, 70, planes=3)).state_dict()
     with pytest.raises(RuntimeError, match=r"size mismatch for signs.*\[2, 3, 3, 32\].*\[2, 2, 3, 32\]"):
         PackedLinear.from_packed_weight(random_packed_weight(40, 70, planes=2)).load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Missing key.*column_scales"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*column_scales"):
         module = PackedLinear.from_packed_weight(random_packed_weight(40, 70, planes=3))
         module.load_state_dict({name: tensor for name, tensor in state.items() if name != "column_scales"})
 
@@ -179,8 +179,8 @@ def test_what_a_user_sees_when_printing() -> None:
     assert repr(model.layer) == (
         "PackedLinear(in_features=64, out_features=64, bias=True, planes=2, outliers=3, bits_per_weight=4.12)"
     )
-    assert repr(model.head).endswith("bits_per_weight=10.75, tied=True)")
-    assert repr(model.embed) == "PackedEmbedding(50, 64, planes=6, outliers=3, bits_per_weight=10.75)"
+    assert repr(model.head).endswith("bits_per_weight=11.68, tied=True)")
+    assert repr(model.embed) == "PackedEmbedding(50, 64, planes=6, outliers=3, bits_per_weight=11.68)"
 
 
 def test_refuses_a_wrong_bias_and_an_unknown_precision() -> None:

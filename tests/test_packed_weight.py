@@ -118,6 +118,9 @@ def _changed(packed: PackedWeight, name: str, index: tuple[int, ...], value: flo
     [
         ("scales", (1, 1, 5), float("nan"), r"scales: expected finite values, got nan at row 37, plane 1"),
         ("scales", (0, 0, 2), -0.5, r"scales: expected >= 0, got -0.5 at row 2, plane 0"),
+        ("scales", (0, 1, 2), 0.75, r"largest plane first, got 0\.\d+ then 0.75 at row 2, plane 1"),
+        ("column_scales", (7,), 0.0, r"column_scales: expected > 0, got 0.0 at column 7"),
+        ("column_scales", (7,), -1.0, r"column_scales: expected > 0, got -1.0 at column 7"),
         ("outlier_scales", (1, 0), float("inf"), r"outlier_scales: expected finite values, got inf at row 32"),
         ("means", (0, 31), float("nan"), r"means: expected finite values, got nan at row 31"),
         ("column_scales", (69,), float("nan"), r"column_scales: expected finite values, got nan at column 69"),

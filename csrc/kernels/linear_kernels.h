@@ -81,6 +81,10 @@ struct LinearKernels {
   // Tokens are prepared in units of this many, independently of each other; the last unit may be shorter.
   int64_t prefill_unit_tokens;
 
+  // gemm is at its best with at most this many tokens, a multiple of prefill_unit_tokens: more of them make for
+  // prepared activations that no cache holds.
+  int64_t (*prefill_token_limit)(const PackedWeightView& weight, ActivationPrecision precision);
+
   // Memory for the prepared tokens of one call (shared by all threads), and for one thread of gemm.
   int64_t (*prefill_activation_bytes)(const PackedWeightView& weight, int64_t tokens, ActivationPrecision precision);
   int64_t (*prefill_scratch_bytes)(const PackedWeightView& weight, int64_t tokens, ActivationPrecision precision);

@@ -47,9 +47,6 @@ thread_local ThreadBuffer decode_buffers[kMaxDecodeTokens];
 thread_local ThreadBuffer prefill_activations;
 thread_local ThreadBuffer prefill_scratch;
 
-// Prefill runs over at most this many tokens at a time, which bounds its memory to about 2 bytes x this x in_features.
-constexpr int64_t kPrefillTokens = 512;
-
 // Below this many sign bits times tokens, handing work to another thread costs more than it saves.
 constexpr int64_t kSerialSigns = int64_t{1} << 19;
 
@@ -169,8 +166,9 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& signs, const
     decode(kernels, weight, source, tokens, precision, is_small, output);
     return result;
   }
-  for (int64_t first = 0; first < tokens; first += kPrefillTokens) {
-    const int64_t count = tokens - first < kPrefillTokens ? tokens - first : kPrefillTokens;
+  const int64_t at_once = kernels.prefill_token_limit(weight, precision);
+  for (int64_t first = 0; first < tokens; first += at_once) {
+    const int64_t count = tokens - first < at_once ? tokens - first : at_once;
     prefill(kernels, weight, advanced(source, first), count, precision, is_small, advanced(output, first));
   }
   return result;

@@ -55,7 +55,8 @@ PageMemory::PageMemory(int64_t bytes, bool huge_pages) : bytes_(page_ceiling(std
   }
   const auto address = reinterpret_cast<uintptr_t>(mapping_);
   data_ = reinterpret_cast<std::byte*>((address + alignment - 1) / alignment * alignment);
-  if (huge_pages) madvise(data_, bytes_, MADV_HUGEPAGE);
+  // Elsewhere a huge page would make memory resident that nobody asked for.
+  madvise(data_, bytes_, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 }
 
 PageMemory::~PageMemory() {

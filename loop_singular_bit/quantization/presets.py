@@ -82,6 +82,9 @@ def outlier_count(in_features: int, fraction: float) -> int:
 def check_calibration(preset: str | Preset, *, force: bool = False, stacklevel: int = 2) -> None:
     """Says loudly what a preset does without calibration; to be called once per model, before any work.
 
+    Args:
+        stacklevel: whom the warning points at: 2 is the caller of this function, 3 the caller's caller.
+
     Warns:
         UncalibratedWarning: the preset visibly damages a model without calibration.
 
@@ -99,5 +102,5 @@ def check_calibration(preset: str | Preset, *, force: bool = False, stacklevel: 
             f"preset {preset.name!r} without calibration visibly damages language models; 'b4' does not. Evaluate the "
             "result before you use it.",
             UncalibratedWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=stacklevel,
         )

@@ -142,7 +142,7 @@ def quantize_linear(linear: nn.Linear, config: QuantizationConfig | None = None)
         ValueError, TypeError: see `check_calibration` and `quantize_weight`.
     """
     config = config or QuantizationConfig()
-    check_calibration(config.preset, force=config.force)
+    check_calibration(config.preset, force=config.force, stacklevel=3)
     packed_weight = quantize_weight(linear.weight, config.preset, outlier_fraction=config.outlier_fraction)
     return PackedLinear.from_packed_weight(packed_weight, linear.bias, activation_precision=config.activation_precision)
 
@@ -167,7 +167,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
             f"model: expected a module with linears inside, got a bare {type(model).__name__}, which cannot be swapped "
             "in place; use quantize_linear or PackedEmbedding.from_embedding"
         )
-    check_calibration(config.preset, force=config.force)
+    check_calibration(config.preset, force=config.force, stacklevel=3)
     report = _ModelQuantizer(model, config).run()
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(model, modeling.PreTrainedModel):
@@ -339,5 +339,9 @@ def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
     parent = model.get_submodule(parent_name)
     setattr(parent, child_name, replacement)
     if isinstance(parent, nn.TransformerEncoderLayer):
-        # Its fast path reads the dense weights of its linears; without this flag it calls them.
+        # The fast paths of the layer and of the encoder around it read dense weights; without these flags they call
+        # the linears.
         parent.activation_relu_or_gelu = 0
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and parent in encoder.layers.children():
+                encoder.use_nested_tensor = False

@@ -1,5 +1,5 @@
 // Activations for the byte products: loading, scaling, quantization, and the byte order that the sign words ask for.
-// Include after a simd/ and a simd/bytes_ header.
+// Include after a simd/ header with products of bytes.
 #pragma once
 
 #include "generic/activations.h"
@@ -12,7 +12,7 @@ namespace byte_linear {
 // Codes of a token are padded to whole words and as much again, for stores of a whole Bytes64.
 inline int64_t code_bytes(int64_t words) { return words * kColumnsPerWord + kColumnsPerWord; }
 
-inline float sum_of_lanes(F32x16 v) {
+inline float total_of_lanes(F32x16 v) {
   float lanes[kLanes], sum = 0.0f;
   store(lanes, v);
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
@@ -61,7 +61,7 @@ inline ColumnStatistics scale_columns(const PackedWeightView& weight, const Line
       largest[i] = max(magnitude(value), largest[i]);
     }
   }
-  return {sum_of_lanes(add(add(sum[0], sum[1]), add(sum[2], sum[3]))),
+  return {total_of_lanes(add(add(sum[0], sum[1]), add(sum[2], sum[3]))),
           largest_of_lanes(max(max(largest[0], largest[1]), max(largest[2], largest[3])))};
 }
 

@@ -1,6 +1,6 @@
-// Decode by byte products, for instruction sets that multiply four bytes per lane and add them up. Lane = row: sign words
-// masked with one bit of every byte are multiplied with four codes, without unpacking and without horizontal sums.
-// Include after a simd/ and a simd/bytes_ header.
+// Decode by byte products, for instruction sets that multiply four bytes per lane and add them up. Lane = row: sign
+// words masked with one bit of every byte are multiplied with four codes, without unpacking and without horizontal
+// sums. Include after a simd/ header with products of bytes.
 #pragma once
 
 #include "generic/byte_activations.h"
@@ -56,8 +56,8 @@ inline void add_positive(const int32_t* signs, const int8_t* codes, int64_t word
 
 // sum over all columns of sign * code, for the rows of a tile.
 //
-// sums[b] is at most 65536 / 4 columns x 2^3 x 128 = 2^24 and a multiple of 2^b; the result is at most 2^23: exact, also
-// in float.
+// sums[b] is at most 65536 / 4 columns x 2^3 x 128 = 2^24 and a multiple of 2^b; the result is at most 2^23: exact,
+// also in float.
 inline RowSums sum_signed_codes(const int32_t* plane, const int8_t* codes, int64_t words, int32_t code_sum) {
   constexpr int64_t kWordsPerChunk = 32;  // the second half tile finds its signs in L1
   Counts16 sums[2][4];
@@ -126,8 +126,8 @@ inline RowSums sum_outliers(const uint16_t* outlier_columns, const int8_t* delta
     prefetch(deltas, kOutlierDeltasAhead);
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t first = half * kHalfTile;
-      sums.half[half] = fused_multiply_add(load_int8(deltas + first), gather(columns, outlier_columns + first),
-                                           sums.half[half]);
+      sums.half[half] =
+          fused_multiply_add(load_int8(deltas + first), gather(columns, outlier_columns + first), sums.half[half]);
     }
   }
   return sums;
@@ -199,8 +199,7 @@ inline RowSums linear_tile(const PackedWeightView& weight, const DecodeActivatio
       }
     } else if (activations.precision == ActivationPrecision::kInt16) {
       const RowSums high = sum_signed_codes(signs, codes, weight.words, activations.high_code_sum);
-      const RowSums low =
-          sum_signed_codes(signs, codes + code_bytes(weight.words), weight.words, activations.code_sum);
+      const RowSums low = sum_signed_codes(signs, codes + code_bytes(weight.words), weight.words, activations.code_sum);
       for (int64_t half = 0; half < 2; ++half) {
         sums.half[half] = mul(code_scale, fused_multiply_add(splat(256.0f), high.half[half], low.half[half]));
       }
@@ -221,11 +220,10 @@ inline RowSums linear_tile(const PackedWeightView& weight, const DecodeActivatio
                                         weight.outliers, columns);
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t first = tile * kRowsPerTile + half * kHalfTile;
-    rows.half[half] = fused_multiply_add(load_float16(weight.outlier_scales + first), outliers.half[half],
-                                         rows.half[half]);
+    rows.half[half] =
+        fused_multiply_add(load_float16(weight.outlier_scales + first), outliers.half[half], rows.half[half]);
     if (weight.means != nullptr) {
-      rows.half[half] =
-          fused_multiply_add(load_float16(weight.means + first), splat(activations.sum), rows.half[half]);
+      rows.half[half] = fused_multiply_add(load_float16(weight.means + first), splat(activations.sum), rows.half[half]);
     }
   }
   return rows;

@@ -170,7 +170,7 @@ inline float softmax(const AttentionQuery& query, const Pass& pass, float* score
   for (int64_t i = query.end - offset; i < count; ++i) scores[i] = 0.0f;
   F32x16 sum = splat(0.0f);
   for (int64_t i = 0; i < count; i += kLanes) sum = add(sum, load(scores + i));
-  return 1.0f / sum_of_lanes(sum);
+  return 1.0f / decoder::sum_of_lanes(sum);
 }
 
 template <CacheType type, int64_t vectors>
@@ -266,7 +266,7 @@ inline void normalize(const float* input, const float* weight, int64_t count, fl
     const F32x16 v = load(input + i);
     squares = fused_multiply_add(v, v, squares);
   }
-  float sum = sum_of_lanes(squares);
+  float sum = decoder::sum_of_lanes(squares);
   for (int64_t j = i; j < count; ++j) sum += input[j] * input[j];
   const float factor = 1.0f / __builtin_sqrtf(sum / static_cast<float>(count) + epsilon);
   for (i = 0; i + kLanes <= count; i += kLanes) {
@@ -335,7 +335,7 @@ void dense_rows(const void* weight, int64_t in_features, int64_t row_begin, int6
         }
       }
       for (int64_t i = 0; i < here; ++i) {
-        output[(first + i) * output_stride + row] = sum_of_lanes(sums[i]) + (bias != nullptr ? bias[row] : 0.0f);
+        output[(first + i) * output_stride + row] = decoder::sum_of_lanes(sums[i]) + (bias != nullptr ? bias[row] : 0.0f);
       }
     }
   }

@@ -3,6 +3,7 @@
 // header.
 #pragma once
 
+#include "generic/uniform_fit.h"
 #include "generic/weight_tile.h"
 
 namespace loop_singular_bit {
@@ -29,11 +30,20 @@ class PlaneFit {
     set_levels();
   }
 
-  // From scratch: greedy planes, then `rounds` rounds.
+  // From scratch: greedy planes, then `rounds` rounds. With three planes and more that often ends in a poor local optimum
+  // where a uniform grid does not, and the other way round for long tails: the better of both starts is kept.
   void fit(const WeightTile& tile, const float* weights, int rounds) {
     clear(tile, weights);
     start_greedily(tile, weights);
     refine(tile, weights, rounds);
+    if (kPlanes < 3) return;
+    const PlaneFit greedy = *this;
+    start_uniformly(tile, weights);
+    refine(tile, weights, rounds);
+    const Mask16 worse = greater(weighted_cost(*this, tile, weights), weighted_cost(greedy, tile, weights));
+    mean_ = select(worse, greedy.mean_, mean_);
+    for (int p = 0; p < kPlanes; ++p) scale_[p] = select(worse, greedy.scale_[p], scale_[p]);
+    set_levels();
   }
 
   // `rounds` rounds from the present scales.
@@ -83,6 +93,7 @@ class PlaneFit {
 
  private:
   static constexpr int kLevels = 1 << (kPlanes - 1);
+  static constexpr int kUniformRounds = 2;
   static constexpr int kUnknowns = kPlanes + (kMeans ? 1 : 0);
   // Independent chains of additions hide their latency; with many levels there are enough of them anyway.
   static constexpr int kStreams = kPlanes <= 3 ? 2 : 1;
@@ -124,6 +135,14 @@ class PlaneFit {
       scale_[planes] = select(greater(total_weight, splat(0.0f)), div(total, total_weight), splat(0.0f));
     }
     sort_scales();
+  }
+
+  // Halving scales.
+  void start_uniformly(const WeightTile& tile, const float* weights) {
+    UniformFit<kPlanes, kMeans> uniform;
+    uniform.fit(tile, weights, kUniformRounds);
+    mean_ = uniform.mean();
+    for (int p = 0; p < kPlanes; ++p) scale_[p] = uniform.scale(p);
   }
 
   void sort_scales() {

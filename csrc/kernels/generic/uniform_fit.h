@@ -1,4 +1,4 @@
-// The one step of 5 to 8 sign planes whose scales halve from plane to plane: a uniform grid of odd multiples of the
+// The one step of sign planes whose scales halve from plane to plane: a uniform grid of odd multiples of the
 // last plane's scale. Same interface as PlaneFit. Include after a simd/ header.
 #pragma once
 
@@ -30,7 +30,7 @@ class UniformFit {
     F32x16 best_cost = splat_bits(kInfinityBits);
     for (int i = 0; i < kCandidates; ++i) {
       set_step(candidate);
-      const F32x16 cost = weighted_cost(tile, weights);
+      const F32x16 cost = weighted_cost(*this, tile, weights);
       const Mask16 better = greater(best_cost, cost);
       best_cost = select(better, cost, best_cost);
       best_step = select(better, candidate, best_step);
@@ -95,7 +95,10 @@ class UniformFit {
 
   void round_to_format(const WeightTile&, const float*) {
     if (kMeans) mean_ = round_to_float16(mean_);
-    set_step(round_to_float16(step_));
+    // Steps that round to 0 would lose rows that float16 can still tell from 0.
+    const F32x16 smallest = splat(kSmallestFloat16);
+    const F32x16 rounded = round_to_float16(step_);
+    set_step(select(greater_equal(scale(0), smallest), max(rounded, smallest), rounded));
   }
 
   F32x16 mean() const { return mean_; }
@@ -111,6 +114,7 @@ class UniformFit {
   static constexpr int kLargestCode = (1 << (kPlanes - 1)) - 1;
   static constexpr int kCandidates = 12;
   static constexpr float kShrink = 0.9f;
+  static constexpr float kSmallestFloat16 = 5.9604645e-8f;  // 2^-24
   static constexpr uint32_t kInfinityBits = 0x7f800000;
 
   void set_step(F32x16 step) {
@@ -126,20 +130,6 @@ class UniformFit {
   F32x16 odd_multiple(F32x16 value) const {
     const F32x16 index = whole_part(grid_index(value));
     return add(add(index, index), splat(1.0f));
-  }
-
-  F32x16 weighted_cost(const WeightTile& tile, const float* weights) const {
-    F32x16 total = splat(0.0f);
-    for (int64_t begin = 0; begin < tile.padded_columns; begin += kSummationBlock) {
-      const int64_t end = block_end(tile, begin);
-      F32x16 sum = splat(0.0f);
-      for (int64_t k = begin; k < end; ++k) {
-        const F32x16 left = distance(magnitude(sub(load(tile.values + k * kLanes), mean_)));
-        sum = add_where(greater_equal(left, splat(0.0f)), sum, mul(splat(weights[k]), mul(left, left)));
-      }
-      total = add(total, sum);
-    }
-    return total;
   }
 
   F32x16 mean_;

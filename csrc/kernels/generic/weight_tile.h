@@ -69,6 +69,22 @@ inline F32x16 weighted_mean(const WeightTile& tile, const float* weights) {
   return select(greater(total_weight, splat(0.0f)), div(total, total_weight), splat(0.0f));
 }
 
+// What the nearest levels of a fit cost each lane.
+template <typename Fit>
+F32x16 weighted_cost(const Fit& fit, const WeightTile& tile, const float* weights) {
+  F32x16 total = splat(0.0f);
+  for (int64_t begin = 0; begin < tile.padded_columns; begin += kSummationBlock) {
+    const int64_t end = block_end(tile, begin);
+    F32x16 sum = splat(0.0f);
+    for (int64_t k = begin; k < end; ++k) {
+      const F32x16 left = fit.distance(magnitude(sub(load(tile.values + k * kLanes), fit.mean())));
+      sum = add_where(greater_equal(left, splat(0.0f)), sum, mul(splat(weights[k]), mul(left, left)));
+    }
+    total = add(total, sum);
+  }
+  return total;
+}
+
 // Returns the lanes without a NaN or an infinity.
 template <ElementType type>
 Mask16 load_tile(const QuantizeTask& task, int64_t first_row, const WeightTile& tile) {

@@ -378,8 +378,6 @@ inline void expand_planes(const int32_t* signs, int64_t words, const PrefillLeve
 inline void expand_planes(const int32_t* signs, int64_t planes, int64_t words, const PrefillLevels& levels,
                           uint8_t* expanded) {
   switch (planes) {
-    case 1:
-      return expand_planes<1>(signs, words, levels, expanded);
     case 2:
       return expand_planes<2>(signs, words, levels, expanded);
     case 3:
@@ -400,7 +398,8 @@ inline void expand_planes(const int32_t* signs, int64_t planes, int64_t words, c
 // products[v][half of the tile] = sum over all columns of byte * code for kVectors vectors.
 // |sum| <= 65536 x 255 x 128 < 2^31.
 template <int kVectors>
-inline void multiply_block(const uint8_t* expanded, const int32_t* codes, int64_t steps, __m512i (*products)[2]) {
+inline void multiply_expanded_block(const uint8_t* expanded, const int32_t* codes, int64_t steps,
+                                    __m512i (*products)[2]) {
   // Few vectors have few sums, and a dpbusd takes four cycles or five: more chains hide that.
   constexpr int kChains = kVectors >= 3 ? 1 : kVectors == 2 ? 2 : 4;
   __m512i sums[kChains][kVectors][2];
@@ -427,36 +426,89 @@ inline void multiply_block(const uint8_t* expanded, const int32_t* codes, int64_
   }
 }
 
-inline void multiply_block(int64_t vectors, const uint8_t* expanded, const int32_t* codes, int64_t steps,
-                           __m512i (*products)[2]) {
+// The same for one plane as it is stored, with bytes of 0 and 1: two cheap instructions in place of one load from L2,
+// and nothing to expand.
+template <int kVectors>
+inline void multiply_signs_block(const int32_t* signs, const int32_t* codes, int64_t words, __m512i (*products)[2]) {
+  constexpr int kChains = kVectors >= 3 ? 1 : kVectors == 2 ? 2 : 4;
+  __m512i sums[kChains][kVectors][2];
+  for (int c = 0; c < kChains; ++c) {
+    for (int v = 0; v < kVectors; ++v) sums[c][v][0] = sums[c][v][1] = _mm512_setzero_si512();
+  }
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t word = 0; word < words; ++word, signs += kRowsPerTile) {
+    prefetch(signs, kSignsAhead);
+    prefetch(signs + 16, kSignsAhead);
+    __m512i signs_low = _mm512_loadu_si512(signs), signs_high = _mm512_loadu_si512(signs + 16);
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; ++b, codes += kVectors) {
+      const __m512i low = _mm512_and_si512(signs_low, ones), high = _mm512_and_si512(signs_high, ones);
+      signs_low = _mm512_srli_epi16(signs_low, 1);
+      signs_high = _mm512_srli_epi16(signs_high, 1);
+#pragma GCC unroll 13
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i x = _mm512_set1_epi32(codes[v]);
+        sums[b % kChains][v][0] = dot_accumulate(sums[b % kChains][v][0], low, x);
+        sums[b % kChains][v][1] = dot_accumulate(sums[b % kChains][v][1], high, x);
+      }
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    for (int half = 0; half < 2; ++half) {
+      products[v][half] = sums[0][v][half];
+      for (int c = 1; c < kChains; ++c) products[v][half] = _mm512_add_epi32(products[v][half], sums[c][v][half]);
+    }
+  }
+}
+
+// A number of vectors known when compiling.
+template <int kVectors>
+struct VectorCount {
+  static constexpr int value = kVectors;
+};
+
+template <typename Function>
+inline void with_vector_count(int64_t vectors, const Function& function) {
   switch (vectors) {
     case 1:
-      return multiply_block<1>(expanded, codes, steps, products);
+      return function(VectorCount<1>{});
     case 2:
-      return multiply_block<2>(expanded, codes, steps, products);
+      return function(VectorCount<2>{});
     case 3:
-      return multiply_block<3>(expanded, codes, steps, products);
+      return function(VectorCount<3>{});
     case 4:
-      return multiply_block<4>(expanded, codes, steps, products);
+      return function(VectorCount<4>{});
     case 5:
-      return multiply_block<5>(expanded, codes, steps, products);
+      return function(VectorCount<5>{});
     case 6:
-      return multiply_block<6>(expanded, codes, steps, products);
+      return function(VectorCount<6>{});
     case 7:
-      return multiply_block<7>(expanded, codes, steps, products);
+      return function(VectorCount<7>{});
     case 8:
-      return multiply_block<8>(expanded, codes, steps, products);
+      return function(VectorCount<8>{});
     case 9:
-      return multiply_block<9>(expanded, codes, steps, products);
+      return function(VectorCount<9>{});
     case 10:
-      return multiply_block<10>(expanded, codes, steps, products);
+      return function(VectorCount<10>{});
     case 11:
-      return multiply_block<11>(expanded, codes, steps, products);
+      return function(VectorCount<11>{});
     case 12:
-      return multiply_block<12>(expanded, codes, steps, products);
+      return function(VectorCount<12>{});
     default:
-      return multiply_block<13>(expanded, codes, steps, products);
+      return function(VectorCount<kBlockVectors>{});
   }
+}
+
+// `signs` is one plane, or nullptr to multiply the expanded tile.
+inline void multiply_block(int64_t vectors, const int32_t* signs, const uint8_t* expanded, const int32_t* codes,
+                           int64_t words, __m512i (*products)[2]) {
+  with_vector_count(vectors, [&](auto count) {
+    if (signs != nullptr) {
+      multiply_signs_block<decltype(count)::value>(signs, codes, words, products);
+    } else {
+      multiply_expanded_block<decltype(count)::value>(expanded, codes, 8 * words, products);
+    }
+  });
 }
 
 // What one thread needs for a tile.
@@ -506,9 +558,9 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
                      const char* activations, int64_t tokens, int64_t halves, int64_t tile,
                      const TileOutliers& outliers, const PrefillScratch& scratch, const LinearOutput& output) {
   const PrefillLayout layout = prefill_layout(weight.in_features);
-  const int64_t steps = weight.words * 8;
-  expand_planes(weight.signs + (tile * weight.planes + run.begin) * weight.words * kRowsPerTile, run.end - run.begin,
-                weight.words, levels, scratch.expanded);
+  const int32_t* signs = weight.signs + (tile * weight.planes + run.begin) * weight.words * kRowsPerTile;
+  const bool is_one_plane = run.end - run.begin == 1;
+  if (!is_one_plane) expand_planes(signs, run.end - run.begin, weight.words, levels, scratch.expanded);
   const RowSums unit = load_rows(levels.unit);
   const __m512i total_low = _mm512_loadu_si512(levels.total), total_high = _mm512_loadu_si512(levels.total + 16);
   const RowSums outlier_scale = load_float16_rows(weight.outlier_scales + tile * kRowsPerTile);
@@ -531,8 +583,8 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
     for (int64_t index = 0; index < blocks; ++index) {
       const Block block = block_of(vectors, halves, index, blocks);
       __m512i products[kBlockVectors][2];
-      multiply_block(block.end - block.begin, scratch.expanded,
-                     reinterpret_cast<const int32_t*>(slab + layout.width * block.begin), steps, products);
+      multiply_block(block.end - block.begin, is_one_plane ? signs : nullptr, scratch.expanded,
+                     reinterpret_cast<const int32_t*>(slab + layout.width * block.begin), weight.words, products);
       RowSums token_rows = splat_rows(0.0f);
       for (int64_t v = block.begin; v < block.end; ++v) {
         // 2 * product - total * code_sum = sum of level * sign * code, modulo 2^32; the sum itself is at most
@@ -699,6 +751,14 @@ inline void gemm_float(const PackedWeightView& weight, const float* columns, int
 }
 
 // ---- the table's functions ----
+
+// The table of outliers takes a byte for every column and vector. Up to here it leaves room in L2 for the expanded
+// tile.
+inline int64_t prefill_token_limit(const PackedWeightView& weight, ActivationPrecision precision) {
+  constexpr int64_t kTableBytes = int64_t{1} << 20;
+  const int64_t units = kTableBytes / (weight.in_features * halves_of(precision) * kPrefillUnitTokens);
+  return kPrefillUnitTokens * (units < 1 ? 1 : units > 8 ? 8 : units);
+}
 
 inline int64_t prefill_activation_bytes(const PackedWeightView& weight, int64_t tokens, ActivationPrecision precision) {
   if (precision == ActivationPrecision::kExact) return tokens * code_bytes(weight.in_features) * 4;

@@ -182,8 +182,8 @@ inline RowSums sum_exact_columns(const int32_t* plane, const DecodeActivations& 
   return sums;
 }
 
-// Sixteen activations by column index. Scalar loads and inserts: twice as fast as vgatherdps on Zen 4 and Zen 5. Indices
-// are read in pairs, which costs fewer instructions than one by one or four at once.
+// Sixteen activations by column index. Scalar loads and inserts: twice as fast as vgatherdps on Zen 4 and Zen 5.
+// Indices are read in pairs, which costs fewer instructions than one by one or four at once.
 //
 // g++ 12 folds a 16-byte load into the four-byte memory operand of vinsertps, but not a four-byte one. What lies behind
 // the last column are the codes.

@@ -1,12 +1,12 @@
 #include "simd/neon.h"
 
+#include "generic/byte_linear.h"
 #include "generic/calibrated_quantize.h"
 #include "generic/column_scales.h"
 #include "generic/decoder.h"
 #include "generic/dequantize.h"
 #include "generic/factorization.h"
 #include "generic/quantize.h"
-#include "isa/scalar_linear.h"
 #include "kernel_table.h"
 
 namespace loop_singular_bit {
@@ -14,7 +14,7 @@ namespace loop_singular_bit {
 const KernelTable kNeonKernels = {
     "neon",
     {quantize, dequantize_row, largest_magnitude, accumulate_column_scales},
-    scalar_linear::kKernels,
+    byte_linear::kKernels,
     {multiply_add, dot, factor_diagonal, factor_panel, sweep, compute_gradient, loss, refit_scales, descend, write_rows,
      sum_column_gradients, write_signs},
     decoder::kKernels,

@@ -206,6 +206,8 @@ inline int64_t prefill_activation_bytes(const PackedWeightView& weight, int64_t 
   return tokens * prefill_token_bytes(weight, precision);
 }
 
+inline int64_t prefill_token_limit(const PackedWeightView&, ActivationPrecision) { return 64; }
+
 inline int64_t prefill_scratch_bytes(const PackedWeightView&, int64_t, ActivationPrecision) { return 0; }
 
 inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& input, int64_t tokens,
@@ -265,7 +267,7 @@ inline void gemm(const PackedWeightView& weight, const void* activations, int64_
 }
 
 constexpr LinearKernels kKernels = {
-    decode_token_limit,       decode_activation_bytes, prepare_decode,  gemv, kPrefillUnitTokens,
+    decode_token_limit,       decode_activation_bytes, prepare_decode,  gemv, kPrefillUnitTokens, prefill_token_limit,
     prefill_activation_bytes, prefill_scratch_bytes,   prepare_prefill, gemm,
 };
 

@@ -1,10 +1,12 @@
-// Products of bytes for AVX-VNNI: sixteen lanes of four bytes as two registers. Include after simd/avx2.h.
-// simd/bytes_neon.h provides the same names.
+// Vector primitives for AVX2 with AVX-VNNI: those of simd/avx2.h, and products of bytes, sixteen lanes of four as two
+// registers.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "simd/avx2.h"
 
 namespace loop_singular_bit {
 namespace {
