@@ -32,7 +32,7 @@ def measure(model: Path, texts: list[Path], preset: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed = Path(folder) / preset
-        results = LoopCompressor(preset=preset, force=True).compress_model(model, packed)
+        results = LoopCompressor(target_ram_mb=None, preset=preset, force=True).compress_model(model, packed)
         quality = evaluate_language_model(
             AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32),
             AutoTokenizer.from_pretrained(model),

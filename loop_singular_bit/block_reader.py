@@ -50,14 +50,26 @@ class BlockReader:
     """Context manager and iterator over the filled blocks, in the order of the jobs.
 
     An error of a read is raised where the block would have come.
+
+    Args:
+        row_buffers: take turns for rows and bytes; two are enough to read and to work at once.
+        scale_row_buffer: for the rows that column scales are fitted on, often more than a block.
     """
 
-    def __init__(self, source: CheckpointDirectory, jobs: Iterator[ReadJob], buffers: Sequence[ReadBuffer]) -> None:
+    def __init__(
+        self,
+        source: CheckpointDirectory,
+        jobs: Iterator[ReadJob],
+        row_buffers: Sequence[ReadBuffer],
+        scale_row_buffer: ReadBuffer,
+    ) -> None:
         self._source = source
         self._jobs = jobs
-        self._free: queue.Queue[ReadBuffer | None] = queue.Queue()
-        for buffer in buffers:
-            self._free.put(buffer)
+        self._free_row_buffers: queue.Queue[ReadBuffer | None] = queue.Queue()
+        for buffer in row_buffers:
+            self._free_row_buffers.put(buffer)
+        self._free_scale_row_buffer: queue.Queue[ReadBuffer | None] = queue.Queue()
+        self._free_scale_row_buffer.put(scale_row_buffer)
         self._filled: queue.Queue[FilledBlock | BaseException | None] = queue.Queue()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="checkpoint-reader", daemon=True)
@@ -70,7 +82,8 @@ class BlockReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopped = True
-        self._free.put(None)
+        self._free_row_buffers.put(None)
+        self._free_scale_row_buffer.put(None)
         self._thread.join()
 
     def __iter__(self) -> Iterator[FilledBlock]:
@@ -82,10 +95,11 @@ class BlockReader:
     def _run(self) -> None:
         try:
             for job in self._jobs:
-                buffer = self._free.get()
+                free = self._free_scale_row_buffer if job.kind == "scale_rows" else self._free_row_buffers
+                buffer = free.get()
                 if buffer is None or self._stopped:
                     return
-                self._filled.put(FilledBlock(job, self._read(job, buffer), buffer, self._free))
+                self._filled.put(FilledBlock(job, self._read(job, buffer), buffer, free))
             self._filled.put(None)
         except BaseException as error:  # handed to the thread that iterates
             self._filled.put(error)

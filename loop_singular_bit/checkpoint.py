@@ -79,7 +79,9 @@ class PackedCheckpointReader:
                 for head, owner in _objects(self.quantization_config, "tied_modules", self.path).items()
             }
             packed = {name for module in self.modules.values() for name in self._check_tensors(module)}
-            self.kept_tensors = [name for name in self.files.tensor_names if name not in packed]
+            self.kept_tensors = [
+                name for name in self.files.tensor_names if name not in packed and not self._is_guard(name)
+            ]
         except BaseException:
             self.files.close()
             raise
@@ -120,6 +122,11 @@ class PackedCheckpointReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A stored tensor in memory of its own."""
         return self.files.reader(name).read(name)
+
+    def _is_guard(self, name: str) -> bool:
+        """Whether a tensor is the empty one that stops readers which do not know the format."""
+        module, _, part = name.rpartition(".")
+        return part == "weight" and module in self.modules and 0 in self.files.entry(name).shape
 
     def _read_tiles(self, name: str, first: int, count: int) -> torch.Tensor:
         return self.files.reader(name).read_rows(name, first, count)

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = parsed.run(parsed)
             return code
     except KeyboardInterrupt:
-        return _fail(parsed, "interrupted", EXIT_INTERRUPTED)
+        resumable = hasattr(parsed, "resume")
+        return _fail(parsed, "interrupted" + "; continue with --resume" * resumable, EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone; python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

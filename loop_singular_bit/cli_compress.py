@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compression_run import CompressionProgress
+    from .quantization.calibration import CalibrationProgress
 
 HELP = "compress a checkpoint directory (config.json and safetensors files) or a model of the Hugging Face Hub"
 
@@ -52,6 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="with --evaluate-text: fail (exit code 5) when perplexity rises by more (default 1)",
     )
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        nargs="+",
+        help="UTF-8 text files, or directories of *.txt, of the kind the model will see: pack for the least error of the "
+        "outputs on them (runs the original once; --target-ram-mb does not apply)",
+    )
+    parser.add_argument("--calibration-window", metavar="TOKENS", type=int, default=512, help="(default 512)")
+    parser.add_argument(
+        "--calibration-windows", metavar="N", type=int, default=256, help="at most so many windows (default 256)"
+    )
+    parser.add_argument("--calibration-rounds", metavar="N", type=int, default=5, help="of refinement (default 5)")
     add_output_arguments(parser)
 
 
@@ -65,7 +78,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     compressor = LoopCompressor(
         outlier_ratio=parsed.outlier_ratio,
-        target_ram_mb=parsed.target_ram_mb,
+        target_ram_mb=None if parsed.calibration else parsed.target_ram_mb,
         target_storage_gb=parsed.target_storage_gb,
         quality_threshold=parsed.quality_threshold,
         preset=parsed.preset,
@@ -76,15 +89,19 @@ def run(parsed: argparse.Namespace) -> int:
         force=parsed.force,
     )
     with _ProgressBar(disable=parsed.quiet) as progress:
-        results = compressor.compress_model(
-            source,
-            parsed.output,
-            resume=parsed.resume,
-            overwrite=parsed.overwrite,
-            max_layers=parsed.max_layers,
-            evaluate_text=texts or None,
-            progress=progress.update,
-        )
+        if parsed.calibration:
+            compressor.results = _compress_calibrated(parsed, source, texts, progress)
+        else:
+            compressor.compress_model(
+                source,
+                parsed.output,
+                resume=parsed.resume,
+                overwrite=parsed.overwrite,
+                max_layers=parsed.max_layers,
+                evaluate_text=texts or None,
+                progress=progress.update,
+            )
+    results = compressor.results
     validation = compressor.validate_compression()
     if parsed.json:
         print_json({**results, "output": str(parsed.output), "validation": validation})
@@ -99,6 +116,33 @@ def run(parsed: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return EXIT_QUALITY
+
+
+def _compress_calibrated(
+    parsed: argparse.Namespace, source: Path, texts: list[str], progress: _ProgressBar
+) -> dict[str, Any]:
+    from .calibrated_compression import compress_calibrated, read_texts
+
+    return compress_calibrated(
+        source,
+        parsed.output,
+        read_texts(parsed.calibration),
+        parsed.preset,
+        outlier_ratio=parsed.outlier_ratio,
+        window=parsed.calibration_window,
+        max_windows=parsed.calibration_windows,
+        rounds=parsed.calibration_rounds,
+        resume=parsed.resume,
+        overwrite=parsed.overwrite,
+        calibration_progress=progress.update_calibration,
+        progress=progress.update,
+        threads=parsed.threads,
+        skip_modules=parsed.skip_modules,
+        quantize_embeddings=not parsed.keep_embeddings,
+        max_shard_gb=parsed.max_shard_gb,
+        max_layers=parsed.max_layers,
+        evaluate_text=texts or None,
+    )
 
 
 def find_source(name: str) -> Path:
@@ -147,6 +191,13 @@ class _ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+    def update_calibration(self, progress: CalibrationProgress) -> None:
+        if not self._bar.disable:
+            finished = progress.parts_done == progress.parts_total
+            self._bar.total = 0 if finished else progress.parts_total
+            self._bar.n = 0 if finished else progress.parts_done
+            self._bar.set_postfix_str(f"calibrating: {progress.name}")
 
     def update(self, progress: CompressionProgress) -> None:
         bar = self._bar

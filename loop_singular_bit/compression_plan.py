@@ -112,11 +112,20 @@ Unit = PackedModule | KeptTensor
 
 @dataclass(frozen=True)
 class Shard:
+    """A file of the packed checkpoint.
+
+    Attributes:
+        guard: name of an empty tensor at its end, or None. It has the name of a dense weight that the model expects:
+            readers that do not know the format fail on its shape, instead of running with random weights.
+    """
+
     file_name: str
     units: tuple[Unit, ...]
+    guard: str | None = None
 
     def stored_tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        return [tensor for unit in self.units for tensor in unit.stored_tensors()]
+        tensors = [tensor for unit in self.units for tensor in unit.stored_tensors()]
+        return tensors if self.guard is None else [*tensors, (self.guard, "I8", (0,))]
 
     @property
     def file_bytes(self) -> int:
@@ -186,6 +195,7 @@ def plan_compression(
     quantize_embeddings: bool = True,
     max_layers: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    layouts: Mapping[str, tuple[int, int]] | None = None,
 ) -> CompressionPlan:
     """Sorts the tensors of a checkpoint into packed and kept ones, in execution order, and cuts them into shards.
 
@@ -195,6 +205,7 @@ def plan_compression(
         quantize_embeddings: also pack token embeddings and output heads.
         max_layers: keep decoder layers from this number on as they are; None packs all.
         max_shard_bytes: a shard ends before the module that would make it larger.
+        layouts: planes and outliers per row of modules that do not get the preset's.
 
     Raises:
         CheckpointError: the checkpoint is quantized already, lacks a tensor, has weights of an unsupported dtype, or
@@ -208,7 +219,9 @@ def plan_compression(
     _check_supported(source, config)
     _check_layers_complete(source, config)
     tied, dropped = _tied_heads(source, config)
-    rules = _Rules(source, preset, outlier_fraction, tuple(skip_modules), quantize_embeddings, max_layers)
+    rules = _Rules(
+        source, preset, outlier_fraction, tuple(skip_modules), quantize_embeddings, max_layers, dict(layouts or {})
+    )
     units = [rules.unit(name) for name in source.tensor_names if name not in dropped]
     units.sort(key=_execution_order)
     if not any(isinstance(unit, PackedModule) for unit in units):
@@ -236,6 +249,7 @@ class _Rules:
     skip_modules: tuple[str, ...]
     quantize_embeddings: bool
     max_layers: int | None
+    layouts: dict[str, tuple[int, int]]
 
     def unit(self, tensor: str) -> Unit:
         entry = self.source.entry(tensor)
@@ -253,7 +267,7 @@ class _Rules:
                 f"got {entry.dtype}"
             )
         special = kind == "embedding" or is_head
-        return PackedModule(module, kind, entry, self._layout(entry, special), special)
+        return PackedModule(module, kind, entry, self._layout(module, entry, special), special)
 
     def _kind(self, module: str, entry: TensorEntry) -> tuple[str, bool]:
         leaf = module.rpartition(".")[2]
@@ -290,16 +304,20 @@ class _Rules:
             return "a norm"
         return linear_skip_reason(out_features, in_features)
 
-    def _layout(self, entry: TensorEntry, special: bool) -> PackedLayout:
+    def _layout(self, module: str, entry: TensorEntry, special: bool) -> PackedLayout:
         out_features, in_features = entry.shape
         # The old documents say nothing about embeddings and heads.
         preset = PRESETS[DEFAULT_PRESET] if special and self.preset.name == "historic" else self.preset
         fraction = preset.outlier_fraction if self.outlier_fraction is None else self.outlier_fraction
+        planes = self.preset.embedding_planes if special else preset.planes
+        outliers = outlier_count(in_features, fraction)
+        if not special:
+            planes, outliers = self.layouts.get(module, (planes, outliers))
         return PackedLayout(
             out_features=out_features,
             in_features=in_features,
-            planes=self.preset.embedding_planes if special else preset.planes,
-            outliers=outlier_count(in_features, fraction),
+            planes=planes,
+            outliers=outliers,
             column_scales=preset.column_scales,
             means=preset.means,
         )
@@ -423,9 +441,10 @@ def _cut_into_shards(units: Sequence[Unit], max_shard_bytes: int) -> tuple[Shard
             group_bytes = 0
         groups[-1].append(unit)
         group_bytes += unit.nbytes
+    guard = f"{next(unit.name for unit in units if isinstance(unit, PackedModule))}.weight"
     if len(groups) == 1:
-        return (Shard(SINGLE_FILE, tuple(groups[0])),)
+        return (Shard(SINGLE_FILE, tuple(groups[0]), guard),)
     return tuple(
-        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group))
+        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group), guard if number == 1 else None)
         for number, group in enumerate(groups, start=1)
     )

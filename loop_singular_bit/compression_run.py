@@ -147,6 +147,8 @@ class CompressionRun:
             **self._options(),
         }
         self._stopwatch = _Stopwatch()
+        self._processor_start = time.process_time()
+        self._error_processor_seconds = 0.0
         self._output: OutputDirectory | None = None
         self._tensors_done = self._bytes_done = self._bytes_before = 0
         self._bytes_total = sum(unit.source.nbytes for unit in self._plan.units)
@@ -202,6 +204,7 @@ class CompressionRun:
             quantize_embeddings=self._settings.quantize_embeddings,
             max_layers=max_layers,
             max_shard_bytes=self._settings.max_shard_bytes,
+            layouts=self._settings.quantizer.layouts,
         )
 
     def _options(self) -> dict[str, Any]:
@@ -212,7 +215,8 @@ class CompressionRun:
             "package_version": __version__,
             "preset": self._preset.name,
             "outlier_fraction": self._preset.outlier_fraction if fraction is None else fraction,
-            "calibration": "none",
+            "calibration": self._settings.quantizer.calibration,
+            "layouts": {name: list(layout) for name, layout in self._settings.quantizer.layouts.items()},
             "quantizer": f"{kind.__module__}.{kind.__qualname__}",
             "skip_modules": list(self._settings.skip_modules),
             "quantize_embeddings": self._settings.quantize_embeddings,
@@ -238,7 +242,7 @@ class CompressionRun:
 
     def _needed_mb(self, block_bytes: int) -> dict[str, float]:
         """What the work adds to the process with row blocks of that size."""
-        read, packed, quantization = 1.0, 0.0, 0.0
+        read, scale_rows, packed, quantization = 1.0, 1.0, 0.0, 0.0
         for unit in self._plan.units:
             if isinstance(unit, KeptTensor):
                 read = max(read, min(block_bytes, unit.nbytes))
@@ -247,12 +251,14 @@ class CompressionRun:
             weights = rows * unit.layout.in_features
             read = max(read, rows * unit.source.row_nbytes)
             if self._fits_column_scales(unit):
-                read = max(read, len(column_scale_rows(unit.layout.out_features)) * unit.source.row_nbytes)
+                fitted = len(column_scale_rows(unit.layout.out_features))
+                scale_rows = max(scale_rows, fitted * unit.source.row_nbytes)
             packed = max(packed, weights * unit.layout.bits_per_weight / 8)
             if self._preset.name == "historic":
                 quantization = max(quantization, weights * _HISTORIC_BYTES_PER_WEIGHT)
         return {
             "read buffers": _READ_BUFFERS * read / 1e6,
+            "rows for column scales": scale_rows / 1e6,
             "packed blocks": (QUEUED_WRITES + 2) * packed / 1e6,
             "quantization": quantization / 1e6,
             "errors": _ERROR_PIECES * 4 * VALUES_AT_ONCE / 1e6,
@@ -298,7 +304,9 @@ class CompressionRun:
         buffer_bytes = int(self._parts_mb["read buffers"] * 1e6 / _READ_BUFFERS) + 1
         buffers = [ReadBuffer(buffer_bytes) for _ in range(_READ_BUFFERS)]
         records = []
-        with BlockReader(self._source, self._jobs(units[skip:]), buffers) as reader, ErrorMeter() as self._error_meter:
+        scale_row_buffer = ReadBuffer(int(self._parts_mb["rows for column scales"] * 1e6) + 1)
+        reading = BlockReader(self._source, self._jobs(units[skip:]), buffers, scale_row_buffer)
+        with reading as reader, ErrorMeter() as self._error_meter:
             blocks = iter(reader)
             for unit in units[skip:]:
                 start = time.perf_counter()
@@ -311,6 +319,7 @@ class CompressionRun:
                 records.append({"unit": unit.name, **record})
                 self._tensors_done += 1
                 self._report_progress(unit, record.get("relative_error"), finished=True)
+            self._error_processor_seconds = self._error_meter.processor_seconds
         return records
 
     def _keep(self, unit: KeptTensor, blocks: Iterator[FilledBlock]) -> dict[str, Any]:
@@ -473,6 +482,8 @@ class CompressionRun:
                 "file_compression_ratio": self._source.file_bytes / self._plan.output_bytes,
                 "part_bytes": self._part_bytes(),
                 "seconds": seconds,
+                "processor_seconds": time.process_time() - self._processor_start,
+                "processor_seconds_of_errors": self._error_processor_seconds,
                 "resumed_tensors": resumed,
             },
             "layer_results": layers,

@@ -138,10 +138,11 @@ class LoopCompressor:
             QualityRefusedError: the preset needs force.
             OSError: the disk is full or cannot be written; names the file; can be resumed.
         """
-        try:
-            check_calibration(self.preset, force=self.force, stacklevel=3)
-        except ValueError as error:
-            raise QualityRefusedError(str(error)) from error
+        if self.quantizer.calibration == "none":
+            try:
+                check_calibration(self.preset, force=self.force, stacklevel=3)
+            except ValueError as error:
+                raise QualityRefusedError(str(error)) from error
         output = None if output_path is None else Path(output_path).absolute()
         if output is None and resume:
             raise ValueError("resume: there is nothing to resume without output_path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -20,6 +21,7 @@ class ErrorMeter:
     """
 
     def __init__(self) -> None:
+        self.processor_seconds = 0.0
         self._threads = torch.get_num_threads()
         self._executor = ThreadPoolExecutor(1, "error-meter", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -37,7 +39,8 @@ class ErrorMeter:
         """Adds the errors of a block of rows to `errors` and then releases the block."""
         return self._executor.submit(self._add, errors, block, packed)
 
-    @staticmethod
-    def _add(errors: RowErrors, block: FilledBlock, packed: PackedWeight) -> None:
+    def _add(self, errors: RowErrors, block: FilledBlock, packed: PackedWeight) -> None:
+        start = time.thread_time()
         errors.add(block.job.first, block.tensor, packed)
         block.release()
+        self.processor_seconds += time.thread_time() - start

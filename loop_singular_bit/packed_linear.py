@@ -39,6 +39,14 @@ class _PackedModule(nn.Module):
     def _layout_shape(self) -> tuple[int, int]:
         raise NotImplementedError
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no dense weight; packed_weight.dequantize() makes one. If the model reads "
+                "this attribute, leave the module dense with skip_modules"
+            )
+        return super().__getattr__(name)
+
     @property
     def packed_weight(self) -> PackedWeight:
         """The packed tensors that this module uses (not copies)."""
@@ -199,7 +207,7 @@ class PackedLinear(_PackedModule):
         return self.out_features, self.in_features
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        bias: torch.Tensor | None = self.bias
+        bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)
         return ops.packed_linear(

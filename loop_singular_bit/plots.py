@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compression_output import REPORT_FILE
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-REPORT_FILE = "compression_report.json"
 
 _PARTS = {
     "signs": ("signs",),

@@ -399,6 +399,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
             for name, module in packed_modules.items():
                 _check_loaded(name, module)
             _describe(model, self.quantization_config)
+            self._plan = _Plan()
             return
         missing = [name for name, tensor in _state(model) if not getattr(tensor, "_is_hf_initialized", False)]
         packed_prefixes = tuple(f"{name}." for name in packed_modules)

@@ -11,7 +11,7 @@ from loop_singular_bit import ops
 
 
 def pytest_configure() -> None:
-    # Tensors here are small: threads that wait for each other would take most of the time. Tests about threads set more.
+    # Tensors here are small: threads that wait for each other would take most of the time. Tests of threads set more.
     torch.set_num_threads(1)
 
 

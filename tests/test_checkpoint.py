@@ -180,7 +180,7 @@ def swap_planes(values: torch.Tensor) -> None:
         (f"{DOWN}.scales", swap_planes, "largest plane first"),
         (f"{DOWN}.outlier_scales", set_value((0, 4), float("inf")), "outlier_scales"),
         (f"{DOWN}.column_scales", set_value((5,), float("inf")), "column_scales"),
-        (f"{DOWN}.column_scales", set_value((5,), 0.0), "column_scales: expected positive"),
+        (f"{DOWN}.column_scales", set_value((5,), 0.0), "column_scales: expected > 0"),
         (f"{DOWN}.signs", set_value((0, 0, 4, 0), -1), "padding columns"),
         (f"{GATE}.signs", set_value((4, 0, 0, 31), 1), "signs: expected zeros in the 24 padding rows"),
         (f"{GATE}.outlier_deltas", set_value((4, 0, 8), 1), "outlier_deltas: expected zeros in the 24 padding rows"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -621,3 +623,25 @@ def test_outlier_columns_out_of_range_add_nothing(isa: str) -> None:
             wide = random_packed_weight(32, 4096)
             wide.linear(torch.full((tokens, 4096), 1e6), activation_precision=precision)
             assert_within_bounds(packed, torch.randn(tokens, 70), precision)
+
+
+def test_a_missing_or_foreign_library_is_an_import_error_that_says_what_to_type(tmp_path: Path) -> None:
+    package = tmp_path / "loop_singular_bit"
+    package.mkdir()
+    for name in ("__init__.py", "ops.py", "transformers_registration.py"):
+        shutil.copy(Path(ops.__file__).parent / name, package / name)
+    code = """
+from pathlib import Path
+for content in (None, b"not a library"):
+    if content is not None:
+        Path("loop_singular_bit/_C.so").write_bytes(content)
+    try:
+        import loop_singular_bit.ops
+    except ImportError as error:
+        print(str(error).replace("\\n", " "))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    missing, foreign = result.stdout.splitlines()
+    assert "compiled operators are missing" in missing and "make build" in missing
+    assert "does not load into torch" in foreign and "pip install --no-build-isolation" in foreign

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -95,7 +96,7 @@ def test_figures_against_a_plain_computation() -> None:
     evaluation = evaluate_language_model(model, Letters(10), TEXTS, original=original, window=8)
     losses, original_losses, divergences, same = [], [], [], []
     for window in model.seen:
-        for current, target in zip(window, window[1:], strict=False):
+        for current, target in pairwise(window):
             q = torch.log_softmax(model.table.double()[current], dim=0)
             p = torch.log_softmax(original.table.double()[current], dim=0)
             losses.append(-q[target].item())

@@ -39,15 +39,15 @@ def tiny_language_model(architecture: str, *, tied: bool, dtype: torch.dtype = t
     torch.manual_seed(1)
     config = CONFIGS[architecture](**_SIZES, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    return _with_random_vectors(model).eval()
+    return with_random_vectors(model).eval()
 
 
 def tiny_encoder() -> BertModel:
     torch.manual_seed(1)
-    return _with_random_vectors(BertModel(BertConfig(**_SIZES, type_vocab_size=2))).eval()
+    return with_random_vectors(BertModel(BertConfig(**_SIZES, type_vocab_size=2))).eval()
 
 
-def _with_random_vectors(model: PreTrainedModel) -> PreTrainedModel:
+def with_random_vectors(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

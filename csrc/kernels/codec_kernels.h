@@ -20,8 +20,9 @@ struct DenseRows {
 // Vectors over the columns are padded with zeros to a multiple of this.
 constexpr int64_t kColumnPadding = 16;
 
-// Scratch of quantize(): floats = kQuantizeScratchPerColumn * padded in_features + kQuantizeScratchPerOutlier * outliers.
-constexpr int64_t kQuantizeScratchPerColumn = 33;
+// Scratch of quantize(): floats = kQuantizeScratchPerColumn * padded in_features + kQuantizeScratchPerOutlier *
+// outliers.
+constexpr int64_t kQuantizeScratchPerColumn = 32;
 constexpr int64_t kQuantizeScratchPerOutlier = 32;
 
 // Rounds of alternating least squares that the operator asks for; tests ask for fewer.
@@ -51,8 +52,8 @@ struct QuantizeTask {
 };
 
 struct CodecKernels {
-  // Writes the row tiles [tile_begin, tile_end) of the packed weight, padded rows included. Returns -1, or the first row
-  // that cannot be stored: it holds a NaN or an infinity, or a scale, mean or outlier scale beyond float16. What is
+  // Writes the row tiles [tile_begin, tile_end) of the packed weight, padded rows included. Returns -1, or the first
+  // row that cannot be stored: it holds a NaN or an infinity, or a scale, mean or outlier scale beyond float16. What is
   // written of the row's tile is then meaningless.
   int64_t (*quantize)(const QuantizeTask& task, int64_t tile_begin, int64_t tile_end, float* scratch);
 

@@ -31,8 +31,8 @@ at::Tensor packed_embedding(const at::Tensor& indices, const at::Tensor& signs, 
   const int64_t* row = rows.const_data_ptr<int64_t>();
   const int64_t count = rows.numel();
   for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < num_embeddings, "indices: expected values from 0 to num_embeddings - 1 = ",
-                      num_embeddings - 1, ", got ", row[i]);
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < num_embeddings,
+                      "indices: expected values from 0 to num_embeddings - 1 = ", num_embeddings - 1, ", got ", row[i]);
   }
 
   const CodecKernels& kernels = checked_kernels().codec;

@@ -100,8 +100,7 @@ at::Tensor fit_column_scales(const at::Tensor& weight, const std::optional<at::T
   std::vector<float> chunk_largest(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      chunk_largest[chunk] =
-          kernels.largest_magnitude(dense.rows, columns, chunk * rows_per_chunk, chunk_end(chunk));
+      chunk_largest[chunk] = kernels.largest_magnitude(dense.rows, columns, chunk * rows_per_chunk, chunk_end(chunk));
     }
   });
   if (*std::min_element(chunk_largest.begin(), chunk_largest.end()) < 0) raise_non_finite(dense);
@@ -185,8 +184,8 @@ PackedTensors quantize(const at::Tensor& weight, int64_t planes, int64_t outlier
   const std::vector<float> importance = importance_or_ones(column_importance, columns);
   double square_sum = 0;
   for (int64_t k = 0; k < columns; ++k) {
-    TORCH_CHECK_VALUE(std::isfinite(scales[k]) && scales[k] > 0,
-                      "column_scales: expected finite values > 0, got ", scales[k], " at column ", k);
+    TORCH_CHECK_VALUE(std::isfinite(scales[k]) && scales[k] > 0, "column_scales: expected finite values > 0, got ",
+                      scales[k], " at column ", k);
     square_sum += static_cast<double>(scales[k]) * scales[k];
   }
   for (int64_t k = 0; k < columns; ++k) {

@@ -17,6 +17,8 @@ constexpr int64_t kThreadStackBytes = 128 << 10;
 constexpr int64_t kReaderThreads = 4;
 // What cannot be known before: the heap's slack, stacks of short calls, pages that are only partly used.
 constexpr int64_t kReserveBytes = 4 * kMiB;
+// Parts of a unit are read in whole pages: at most so much more than their bytes.
+constexpr int64_t kPageSlack = 2 * kParts * kPageBytes;
 
 struct Sizes {
   int64_t max_unit_bytes;
@@ -80,7 +82,7 @@ class Planner {
     const BackEnd back_end = options_.back_end.value_or(is_cacheable ? BackEnd::kMmap : BackEnd::kDirect);
     for (const Sizes& sizes : kSizes) {
       MemoryPlan plan = with_sizes(back_end, limited(sizes));
-      if (plan.total_bytes > limit_ || weights_in_memory(plan) > layer_limit()) continue;
+      if (plan.total_bytes > limit_) continue;
       return with_pinned_units(plan);
     }
     refuse(with_sizes(back_end, limited(std::end(kSizes)[-1])));
@@ -90,8 +92,14 @@ class Planner {
   Sizes limited(Sizes sizes) const {
     const int64_t wanted = options_.prefill_tokens > 0 ? options_.prefill_tokens : sizes.prefill_tokens;
     sizes.prefill_tokens = std::min({wanted, context_, options_.prefill_tokens > 0 ? context_ : kMaxPrefillTokens});
+    // A row tile is the least that can be read, whatever the limit.
+    if (options_.max_layers > 0) {
+      sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layer_limit() / buffers() - kPageSlack));
+    }
     return sizes;
   }
+
+  int64_t buffers() const { return options_.prefetch ? 2 : 1; }
 
   int64_t weight_bytes() const {
     int64_t total = checkpoint_.matrices()[checkpoint_.head().matrix].bytes();
@@ -155,8 +163,7 @@ class Planner {
       plan.streamed_bytes = 0;
       plan.lines.push_back({"weights, all", all});
     } else {
-      const int64_t buffers = options_.prefetch ? 2 : 1;
-      plan.lines.push_back({join("weights, ", buffers, buffers == 1 ? " buffer" : " buffers"), buffers * largest});
+      plan.lines.push_back({join("weights, ", buffers(), buffers() == 1 ? " buffer" : " buffers"), buffers() * largest});
     }
     plan.total_bytes = sum(plan.lines);
     return plan;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +27,12 @@ class OutlierPreservingQuantizer:
     Raises:
         ValueError: outlier_ratio or preset out of range.
     """
+
+    calibration = "none"
+    """What the quantizer knows about the inputs of the weights; "none" makes presets warn that need to know."""
+
+    layouts: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    """Planes and outliers per row of the linears that do not get the preset's, by name of module."""
 
     def __init__(self, outlier_ratio: float | None = None, preset: str | Preset = DEFAULT_PRESET) -> None:
         self.preset = find_preset(preset)

@@ -12,7 +12,7 @@ from torch import nn
 from loop_singular_bit import ops
 from loop_singular_bit.packed_linear import PackedEmbedding, PackedLinear
 from loop_singular_bit.packed_weight import PackedWeight
-from loop_singular_bit.quantization.eligibility import embedding_skip_reason, linear_skip_reason
+from loop_singular_bit.quantization.eligibility import MIN_FEATURES, embedding_skip_reason, linear_skip_reason
 from loop_singular_bit.quantization.presets import DEFAULT_PRESET, Preset, check_calibration, find_preset
 from loop_singular_bit.quantization.quantize_weight import quantize_embedding_weight, quantize_weight
 from loop_singular_bit.quantization.weight_errors import measure_weight_errors
@@ -191,6 +191,7 @@ class _ModelQuantizer:
         modules = dict(model.named_modules(remove_duplicate=False))
         self.names = list(modules)
         self.head_ids = _output_head_ids(modules)
+        self.float32_names = _float32_names(modules)
         self.swapped: dict[int, _Packed] = {}  # by identity of the dense module, which several parents may hold
         self.owners: dict[int, tuple[str, _Packed]] = {}  # by identity of a dense weight that several modules share
         self.kept: dict[int, str] = {}  # by identity of a dense weight: name of the module that keeps it dense
@@ -240,6 +241,8 @@ class _ModelQuantizer:
         assert isinstance(module, (nn.Linear, nn.Embedding))
         if matches_any(name, self.config.skip_modules):
             return "named in skip_modules"
+        if not self.float32_names.isdisjoint(name.split(".")):
+            return "the model wants it in float32 (_keep_in_fp32_modules)"
         if type(module) not in (nn.Linear, nn.Embedding):
             base = "Linear" if isinstance(module, nn.Linear) else "Embedding"
             return f"{type(module).__name__} is a subclass of nn.{base}, whose forward may be another"
@@ -318,6 +321,15 @@ def _output_head_ids(modules: dict[str, nn.Module]) -> set[int]:
     return heads
 
 
+def _float32_names(modules: dict[str, nn.Module]) -> set[str]:
+    """Parts of names that Hugging Face models list as too delicate for a lower precision, such as T5's "wo"."""
+    names: set[str] = set()
+    for module in modules.values():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            names.update(getattr(module, attribute, None) or ())
+    return names
+
+
 def _unpackable(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     """Parameters that hold a weight but not as an `nn.Linear` or `nn.Embedding`, with the reason to leave them."""
     for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -325,9 +337,9 @@ def _unpackable(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
         shape = " x ".join(str(size) for size in parameter.shape)
         if type(module).__name__ == "Conv1D" and parameter.dim() == 2:
             yield name, f"Conv1D ({shape}) is not supported: its weight is the transpose of a linear's"
-        elif parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        elif parameter.dim() == 3 and min(parameter.shape[1:]) >= MIN_FEATURES:
             yield full_name, f"a fused 3-D weight ({shape}), as of experts: only nn.Linear and nn.Embedding are packed"
-        elif parameter.dim() >= 2:
+        elif parameter.dim() >= 2 and parameter.numel() >= MIN_FEATURES**2:
             yield (
                 full_name,
                 f"a weight of {type(module).__name__} ({shape}): only nn.Linear and nn.Embedding are packed",

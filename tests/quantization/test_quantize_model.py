@@ -212,7 +212,7 @@ def test_what_is_not_a_linear_is_named_with_a_reason() -> None:
             "experts": Experts(),
             "c_attn": Conv1D(),
             "scaled": Scaled(64, 64),
-            "image": nn.Conv2d(3, 8, 3),
+            "image": nn.Conv2d(3, 64, 3),
             "attention": nn.MultiheadAttention(64, 4),
             "wide": nn.Linear(65537, 32, device="meta"),
             "clipped": nn.Embedding(2000, 64, max_norm=1.0),
@@ -225,7 +225,7 @@ def test_what_is_not_a_linear_is_named_with_a_reason() -> None:
     assert "fused 3-D weight (4 x 64 x 96)" in reasons["experts.gate_up_proj"]
     assert "Conv1D (64 x 96) is not supported: its weight is the transpose" in reasons["c_attn"]
     assert reasons["scaled"] == "Scaled is a subclass of nn.Linear, whose forward may be another"
-    assert "Conv2d (8 x 3 x 3 x 3)" in reasons["image.weight"]
+    assert "Conv2d (64 x 3 x 3 x 3)" in reasons["image.weight"]
     assert "MultiheadAttention (192 x 64)" in reasons["attention.in_proj_weight"]
     assert "subclass of nn.Linear" in reasons["attention.out_proj"]
     assert "at most 65536" in reasons["wide"]
@@ -375,3 +375,26 @@ def test_a_hugging_face_head_is_found_by_the_model_itself() -> None:
     model = Model()
     quantize_model(model, B4)
     assert (model.body.packed_weight.planes, model.vocabulary_out.packed_weight.planes) == (4, 8)
+
+
+def test_modules_that_a_hugging_face_model_wants_in_float32_stay_dense() -> None:
+    class Model(nn.Module):
+        _keep_in_fp32_modules = ("wo",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wi, self.wo, self.wow = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    report = quantize_model(Model(), B4)
+    assert names(report) == ["wi", "wow"]
+    assert report.skipped == [("wo", "the model wants it in float32 (_keep_in_fp32_modules)")]
+
+
+def test_reading_the_dense_weight_of_a_packed_module_says_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_model(model, B4)
+    assert not hasattr(model[0], "weight")
+    with pytest.raises(AttributeError, match=r"PackedLinear has no dense weight; .* skip_modules"):
+        _ = model[0].weight
+    with pytest.raises(AttributeError, match="has no attribute 'wieght'"):
+        _ = model[0].wieght

@@ -1,17 +1,12 @@
 #include "machine_limits.h"
 
-#include <benchmark/benchmark.h>
-
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-namespace loop_singular_bit {
 namespace {
 
 #if defined(__x86_64__)
@@ -75,42 +70,43 @@ int64_t read_portable(const char* data, int64_t bytes) {
   return sum;
 }
 
-void read_dram(benchmark::State& state) {
-  const int64_t bytes = int64_t{256} << 20;
-  const std::unique_ptr<char, decltype(&std::free)> data(static_cast<char*>(std::aligned_alloc(4096, bytes)),
-                                                         &std::free);
-  std::memset(data.get(), 1, bytes);
-  for (auto _ : state) benchmark::DoNotOptimize(read_memory(data.get(), bytes));
-  state.SetBytesProcessed(state.iterations() * bytes);
-}
-BENCHMARK(read_dram)->Name("machine/read_dram")->ThreadRange(1, 2)->UseRealTime();
-
-void int8_products(benchmark::State& state) {
-  int64_t products = 0;
-  for (auto _ : state) products += spin_int8_products(100000);
-  state.counters["MAC/s"] = benchmark::Counter(static_cast<double>(products), benchmark::Counter::kIsRate);
-  state.counters["GHz"] = benchmark::Counter(measured_clock() / 1e9, benchmark::Counter::kAvgThreads);
-}
-BENCHMARK(int8_products)->Name("machine/int8_products")->ThreadRange(1, 2)->UseRealTime();
-
-}  // namespace
-
-int64_t read_memory(const void* data, int64_t bytes) {
+int64_t read_share(const char* data, int64_t bytes) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) return read_avx2(static_cast<const char*>(data), bytes);
+  if (__builtin_cpu_supports("avx2")) return read_avx2(data, bytes);
 #endif
-  return read_portable(static_cast<const char*>(data), bytes);
+  return read_portable(data, bytes);
 }
 
-int64_t spin_int8_products(int64_t rounds) {
+int64_t spin_share(int64_t rounds) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512vnni")) return spin_avx512_vnni(rounds);
   if (__builtin_cpu_supports("avx2")) return spin_avx2(rounds);
 #endif
+  static_cast<void>(rounds);
   return 0;
 }
 
-double measured_clock() {
+}  // namespace
+
+int64_t loop_singular_bit_read_memory(const void* data, int64_t bytes, int32_t threads) {
+  int64_t sum = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static, 1)
+  for (int32_t thread = 0; thread < threads; ++thread) {
+    // Whole cache lines for each thread.
+    const int64_t begin = bytes / 128 * thread / threads * 128, end = bytes / 128 * (thread + 1) / threads * 128;
+    sum += read_share(static_cast<const char*>(data) + begin, end - begin);
+  }
+  return sum;
+}
+
+int64_t loop_singular_bit_spin_int8_products(int64_t rounds, int32_t threads) {
+  int64_t products = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : products) schedule(static, 1)
+  for (int32_t thread = 0; thread < threads; ++thread) products += spin_share(rounds);
+  return products;
+}
+
+double loop_singular_bit_measured_clock() {
   using Clock = std::chrono::steady_clock;
   double best = 0;
   for (int attempt = 0; attempt < 5; ++attempt) {
@@ -130,5 +126,3 @@ double measured_clock() {
   }
   return best;
 }
-
-}  // namespace loop_singular_bit

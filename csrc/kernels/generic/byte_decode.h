@@ -26,11 +26,12 @@ struct RowSums {
 };
 
 // sums[b] += 2^b times the sum of the codes in columns b and b + 4 of every byte, where the sign is +. Four masks and a
-// shift: eight accumulators would not fit the registers.
+// shift: eight accumulators would not fit the registers. A function of its own: inlined into sum_signed_codes(), g++ 12
+// keeps the accumulators of both halves of the tile alive, on the stack.
 template <bool kPrefetches>
-inline void add_positive(const int32_t* signs, const int8_t* codes, int64_t words, Counts16 sums[4]) {
+__attribute__((noinline)) void add_positive(const int32_t* signs, const int8_t* codes, int64_t words,
+                                            Counts16 sums[4]) {
   Counts16 sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
-  const Bytes64 mask0 = splat_byte(1), mask1 = splat_byte(2), mask2 = splat_byte(4), mask3 = splat_byte(8);
   for (int64_t word = 0; word < words; ++word, signs += kRowsPerTile, codes += kColumnsPerWord) {
     if (kPrefetches) {
       prefetch(signs, kSignsAhead);
@@ -38,15 +39,15 @@ inline void add_positive(const int32_t* signs, const int8_t* codes, int64_t word
     }
     const Bytes64 lower = load_bytes(signs);
     const ByteGroups groups = load_groups(codes);
-    sum0 = dot_accumulate<0>(sum0, bytes_and(lower, mask0), groups);
-    sum1 = dot_accumulate<1>(sum1, bytes_and(lower, mask1), groups);
-    sum2 = dot_accumulate<2>(sum2, bytes_and(lower, mask2), groups);
-    sum3 = dot_accumulate<3>(sum3, bytes_and(lower, mask3), groups);
+    sum0 = dot_accumulate<0>(sum0, keep_low_bit<0>(lower), groups);
+    sum1 = dot_accumulate<1>(sum1, keep_low_bit<1>(lower), groups);
+    sum2 = dot_accumulate<2>(sum2, keep_low_bit<2>(lower), groups);
+    sum3 = dot_accumulate<3>(sum3, keep_low_bit<3>(lower), groups);
     const Bytes64 upper = upper_bits(lower);
-    sum0 = dot_accumulate<4>(sum0, bytes_and(upper, mask0), groups);
-    sum1 = dot_accumulate<5>(sum1, bytes_and(upper, mask1), groups);
-    sum2 = dot_accumulate<6>(sum2, bytes_and(upper, mask2), groups);
-    sum3 = dot_accumulate<7>(sum3, bytes_and(upper, mask3), groups);
+    sum0 = dot_accumulate<4>(sum0, keep_low_bit<0>(upper), groups);
+    sum1 = dot_accumulate<5>(sum1, keep_low_bit<1>(upper), groups);
+    sum2 = dot_accumulate<6>(sum2, keep_low_bit<2>(upper), groups);
+    sum3 = dot_accumulate<7>(sum3, keep_low_bit<3>(upper), groups);
   }
   sums[0] = sum0;
   sums[1] = sum1;

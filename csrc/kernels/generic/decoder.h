@@ -80,8 +80,9 @@ inline float store_int8(const float* values, int64_t count, int64_t stride, int8
   const float inverse = largest > 1e-30f ? kInt8Max / largest : 0.0f;
   for (int64_t i = 0; i < count; ++i) {
     const float code = values[i] * inverse;
-    // False for a NaN, whose conversion to an integer would be undefined.
-    codes[i * stride] = code >= -kInt8Max && code <= kInt8Max ? static_cast<int8_t>(__builtin_lrintf(code)) : 0;
+    // The largest may come out a little above 127. False for a NaN, whose conversion to an integer would be undefined.
+    const bool is_in_range = code > -kInt8Max - 0.5f && code < kInt8Max + 0.5f;
+    codes[i * stride] = is_in_range ? static_cast<int8_t>(__builtin_lrintf(code)) : static_cast<int8_t>(0);
   }
   return largest - largest == 0.0f ? largest / kInt8Max : largest - largest;
 }

@@ -56,8 +56,7 @@ inline void dequantize_row(const PackedWeightView& weight, int64_t row, float* s
     plus[p] = splat(scale);
     minus[p] = splat(-scale);
   }
-  const F32x16 mean =
-      splat(weight.means != nullptr ? float_of_half(weight.means[tile * kRowsPerTile + lane]) : 0.0f);
+  const F32x16 mean = splat(weight.means != nullptr ? float_of_half(weight.means[tile * kRowsPerTile + lane]) : 0.0f);
   for (int64_t word = 0; word < weight.words; ++word) {
     F32x16 low = mean;
     F32x16 high = mean;

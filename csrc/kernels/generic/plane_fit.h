@@ -30,8 +30,8 @@ class PlaneFit {
     set_levels();
   }
 
-  // From scratch: greedy planes, then `rounds` rounds. With three planes and more that often ends in a poor local optimum
-  // where a uniform grid does not, and the other way round for long tails: the better of both starts is kept.
+  // From scratch: greedy planes, then `rounds` rounds. With three planes and more that often ends in a poor local
+  // optimum where a uniform grid does not, and the other way round for long tails: the better of both starts is kept.
   void fit(const WeightTile& tile, const float* weights, int rounds) {
     clear(tile, weights);
     start_greedily(tile, weights);
@@ -217,8 +217,7 @@ class PlaneFit {
             if (kMeans) sign_sum[s][i] = add_where(above, sign_sum[s][i], bits_or(weight, sign_bit));
           }
           if (kMeans) {
-            value_sum[s] =
-                add_where(greater(size, threshold_[0]), value_sum[s], bits_or(weighted_size, sign_bit));
+            value_sum[s] = add_where(greater(size, threshold_[0]), value_sum[s], bits_or(weighted_size, sign_bit));
           }
         }
       }
@@ -261,8 +260,7 @@ class PlaneFit {
         if (kMeans) {
           F32x16 weighted_sign = sums.weighted_sign[i];
           if (i + 1 < kLevels) weighted_sign = sub(weighted_sign, sums.weighted_sign[i + 1]);
-          equations.matrix[kUnknowns - 1][p] =
-              add(equations.matrix[kUnknowns - 1][p], mul(sign[p], weighted_sign));
+          equations.matrix[kUnknowns - 1][p] = add(equations.matrix[kUnknowns - 1][p], mul(sign[p], weighted_sign));
         }
       }
     }

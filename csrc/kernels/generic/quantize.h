@@ -1,8 +1,8 @@
 // Dense rows -> packed weight. Include after a simd/ header.
 //
 // Works on weight / column_scales, sixteen rows at a time: fit the planes (PlaneFit, UniformFit), take out as outliers
-// what they leave behind, fit them again to the rest, round everything to the format, choose the signs nearest under the
-// rounded scales, and store what is missing at the outliers as int8 multiples of a row's outlier scale.
+// what they leave behind, fit them again to the rest, round everything to the format, choose the signs nearest under
+// the rounded scales, and store what is missing at the outliers as int8 multiples of a row's outlier scale.
 #pragma once
 
 #include "generic/outlier_selection.h"
@@ -13,7 +13,6 @@
 namespace loop_singular_bit {
 namespace {
 
-constexpr int kReselections = 2;
 constexpr float kLargestDelta = 127.0f;
 
 template <typename Fit>
@@ -38,12 +37,11 @@ void fit_with_outliers(const QuantizeTask& task, const WeightTile& tile, const O
   }
   fit->fit(tile, task.fit_weights, task.fit_rounds);
   if (outliers.count == 0) return;
-  for (int i = 0; i < kReselections; ++i) {
-    put_outliers_back(tile, outliers);
-    score_columns(*fit, tile, task.selection_weights, scores);
-    take_outliers(scores, tile, outliers);
-    fit->refine(tile, task.fit_weights, (task.fit_rounds + 1) / 2);
-  }
+  // Now by what the planes leave behind. Doing this once more changes nothing worth its time.
+  put_outliers_back(tile, outliers);
+  score_columns(*fit, tile, task.selection_weights, scores);
+  take_outliers(scores, tile, outliers);
+  fit->refine(tile, task.fit_weights, (task.fit_rounds + 1) / 2);
 }
 
 // Writes the signs of sixteen rows: `signs` points at lane 0 of plane 0, word 0. Rows outside `valid` get 0 bits.
@@ -80,7 +78,8 @@ inline F32x16 outlier_scale(F32x16 largest) {
   uint16_t halves[kLanes];
   store_float16(halves, mul(largest, splat(1.0f / kLargestDelta)));
   const uint32_t too_small = mask_bits(greater(largest, mul(load_float16(halves), splat(kLargestDelta + 0.5f))));
-  for (int lane = 0; lane < kLanes; ++lane) halves[lane] = static_cast<uint16_t>(halves[lane] + (too_small >> lane & 1));
+  for (int lane = 0; lane < kLanes; ++lane)
+    halves[lane] = static_cast<uint16_t>(halves[lane] + (too_small >> lane & 1));
   return load_float16(halves);
 }
 
@@ -153,9 +152,9 @@ uint32_t quantize_lanes(const QuantizeTask& task, int64_t first_row, float* scra
   put_outliers_back(tile, outliers);
 
   write_signs(fit, tile, words, valid, task.signs + row_tile * Fit::kCount * words * kRowsPerTile + lane);
-  const F32x16 scale = write_outliers(fit, outliers, valid,
-                                      task.outlier_columns + row_tile * task.outliers * kRowsPerTile + lane,
-                                      task.outlier_deltas + row_tile * task.outliers * kRowsPerTile + lane);
+  const F32x16 scale =
+      write_outliers(fit, outliers, valid, task.outlier_columns + row_tile * task.outliers * kRowsPerTile + lane,
+                     task.outlier_deltas + row_tile * task.outliers * kRowsPerTile + lane);
   store_float16(task.outlier_scales + row_tile * kRowsPerTile + lane, keep(valid, scale));
   for (int p = 0; p < Fit::kCount; ++p) {
     store_float16(task.scales + (row_tile * Fit::kCount + p) * kRowsPerTile + lane, keep(valid, fit.scale(p)));

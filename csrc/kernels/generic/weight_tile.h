@@ -1,5 +1,5 @@
-// Sixteen weight rows, transposed so that a lane is a row: every reduction over columns then runs in order within a lane
-// and gives the same bits on every instruction set. Include after a simd/ header.
+// Sixteen weight rows, transposed so that a lane is a row: every reduction over columns then runs in order within a
+// lane and gives the same bits on every instruction set. Include after a simd/ header.
 #pragma once
 
 #include "codec_kernels.h"

@@ -159,8 +159,8 @@ inline Mask16 mask_from_bits(uint32_t bits) {
 }
 
 inline uint32_t mask_bits(Mask16 mask) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(mask.low)) |
-         static_cast<uint32_t>(_mm256_movemask_ps(mask.high)) << 8;
+  return static_cast<uint32_t>(_mm256_movemask_ps(mask.low)) | static_cast<uint32_t>(_mm256_movemask_ps(mask.high))
+                                                                   << 8;
 }
 
 inline F32x16 select(Mask16 mask, F32x16 where_true, F32x16 where_false) {
@@ -168,9 +168,7 @@ inline F32x16 select(Mask16 mask, F32x16 where_true, F32x16 where_false) {
           _mm256_blendv_ps(where_false.high, where_true.high, mask.high)};
 }
 
-inline F32x16 keep(Mask16 mask, F32x16 a) {
-  return {_mm256_and_ps(mask.low, a.low), _mm256_and_ps(mask.high, a.high)};
-}
+inline F32x16 keep(Mask16 mask, F32x16 a) { return {_mm256_and_ps(mask.low, a.low), _mm256_and_ps(mask.high, a.high)}; }
 
 inline F32x16 add_where(Mask16 mask, F32x16 a, F32x16 b) { return add(a, keep(mask, b)); }
 

@@ -89,9 +89,7 @@ inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.all, b.all)}; }
 
 // ---- lanes as 32 bits ----
 
-inline F32x16 splat_bits(uint32_t bits) {
-  return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits)))};
-}
+inline F32x16 splat_bits(uint32_t bits) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(bits)))}; }
 
 inline F32x16 bits_and(F32x16 a, F32x16 b) { return {_mm512_and_ps(a.all, b.all)}; }
 inline F32x16 bits_or(F32x16 a, F32x16 b) { return {_mm512_or_ps(a.all, b.all)}; }
@@ -118,9 +116,7 @@ inline F32x16 select(Mask16 mask, F32x16 where_true, F32x16 where_false) {
 
 inline F32x16 keep(Mask16 mask, F32x16 a) { return {_mm512_maskz_mov_ps(mask.all, a.all)}; }
 
-inline F32x16 add_where(Mask16 mask, F32x16 a, F32x16 b) {
-  return {_mm512_mask_add_ps(a.all, mask.all, a.all, b.all)};
-}
+inline F32x16 add_where(Mask16 mask, F32x16 a, F32x16 b) { return {_mm512_mask_add_ps(a.all, mask.all, a.all, b.all)}; }
 
 inline F32x16 bits_or_where(Mask16 mask, F32x16 a, F32x16 b) {
   return {_mm512_mask_or_ps(a.all, mask.all, a.all, b.all)};

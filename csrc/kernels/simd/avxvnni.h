@@ -53,6 +53,23 @@ inline Bytes64 bytes_add(Bytes64 a, Bytes64 b) {
   return {_mm256_add_epi8(a.low, b.low), _mm256_add_epi8(a.high, b.high)};
 }
 
+alignas(32) constexpr uint32_t kLowBits[4][8] = {
+    {0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x01010101},
+    {0x02020202, 0x02020202, 0x02020202, 0x02020202, 0x02020202, 0x02020202, 0x02020202, 0x02020202},
+    {0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x04040404},
+    {0x08080808, 0x08080808, 0x08080808, 0x08080808, 0x08080808, 0x08080808, 0x08080808, 0x08080808},
+};
+
+// Bit kBit (0..3) of every byte. The mask stays in memory: compilers would load all masks into registers outside of the
+// loop, and then spill accumulators.
+template <int kBit>
+inline Bytes64 keep_low_bit(Bytes64 a) {
+  Bytes64 result;
+  __asm__("vpand %2, %1, %0" : "=x"(result.low) : "x"(a.low), "m"(kLowBits[kBit]));
+  __asm__("vpand %2, %1, %0" : "=x"(result.high) : "x"(a.high), "m"(kLowBits[kBit]));
+  return result;
+}
+
 // Bits 4..7 of each byte move to 0..3; what else a byte holds is undefined.
 inline Bytes64 upper_bits(Bytes64 a) { return {_mm256_srli_epi16(a.low, 4), _mm256_srli_epi16(a.high, 4)}; }
 

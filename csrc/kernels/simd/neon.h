@@ -241,6 +241,11 @@ inline Bytes64 bytes_add(Bytes64 a, Bytes64 b) {
   return a;
 }
 
+template <int kBit>
+inline Bytes64 keep_low_bit(Bytes64 a) {
+  return bytes_and(a, splat_byte(1 << kBit));
+}
+
 inline Bytes64 upper_bits(Bytes64 a) {
   for (int i = 0; i < 4; ++i) a.quad[i] = vshrq_n_s8(a.quad[i], 4);
   return a;

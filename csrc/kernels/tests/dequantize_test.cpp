@@ -30,7 +30,8 @@ TEST(Dequantize, AgreesWithTheReference) {
   for (const int64_t columns : {1, 15, 16, 31, 32, 33, 100, 257}) {
     for (int64_t planes = 1; planes <= kMaxPlanes; ++planes) {
       for (const int64_t outliers : {int64_t{0}, int64_t{1}, (columns + 6) / 7}) {
-        const RandomPackedWeight weight({37, columns, planes, outliers, seed % 2 == 0, seed % 3 == 0}, ++seed);
+        const RandomPackedWeight weight({37, columns, planes, outliers, seed % 2 == 0, seed % 3 == 0}, seed);
+        ++seed;
         const PackedWeightView view = weight.view();
         const std::vector<double> expected = reference_dequantize(view);
         const std::vector<float> first = dequantize_with(*supported_kernels().back(), view);
@@ -95,10 +96,10 @@ TEST(Dequantize, AddsUpOutliersOfOneColumn) {
 
 TEST(Dequantize, ScalesThatAreNotNumbersStayInTheirRow) {
   RandomPackedWeight weight({40, 50, 3, 2, true, true}, 4);
-  weight.scale(5, 1) = 0x7e00;          // NaN
-  weight.scale(6, 0) = 0x7c00;          // infinity
-  weight.outlier_scales[7] = 0xfe00;    // NaN
-  weight.means[8] = 0x7e00;             // NaN
+  weight.scale(5, 1) = 0x7e00;        // NaN
+  weight.scale(6, 0) = 0x7c00;        // infinity
+  weight.outlier_scales[7] = 0xfe00;  // NaN
+  weight.means[8] = 0x7e00;           // NaN
   const std::vector<double> expected = reference_dequantize(weight.view());
   for (const KernelTable* table : supported_kernels()) {
     const std::vector<float> dense = dequantize_with(*table, weight.view());

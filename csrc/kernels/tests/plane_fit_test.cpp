@@ -1,15 +1,15 @@
 // The fits inside the quantizer, on the scalar primitives: no round of refinement may raise the cost.
-#include "simd/scalar.h"
-
-#include "generic/outlier_selection.h"
 #include "generic/plane_fit.h"
-#include "generic/uniform_fit.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <random>
 #include <vector>
+
+#include "generic/outlier_selection.h"
+#include "generic/uniform_fit.h"
+#include "simd/scalar.h"
 
 namespace loop_singular_bit {
 namespace {
@@ -21,7 +21,10 @@ struct Problem {
     std::mt19937_64 random(seed);
     std::normal_distribution<float> normal;
     for (float& value : values) value = normal(random) * (seed % 2 == 0 ? normal(random) : 1.0f) + 0.2f;
-    for (float& weight : weights) weight = 0.2f + normal(random) * normal(random);
+    for (float& weight : weights) {
+      const float root = normal(random);
+      weight = 0.2f + root * root;
+    }
     tile = {values.data(), kColumns, kColumns};
   }
   std::vector<float> values;
@@ -98,9 +101,8 @@ TEST(OutlierSelection, TakesTheLargestScoresLowerColumnsFirst) {
         for (int lane = 0; lane < kLanes; ++lane) {
           std::vector<int32_t> expected(columns);
           for (int64_t k = 0; k < columns; ++k) expected[k] = static_cast<int32_t>(k);
-          std::stable_sort(expected.begin(), expected.end(), [&](int32_t a, int32_t b) {
-            return scores[a * kLanes + lane] > scores[b * kLanes + lane];
-          });
+          std::stable_sort(expected.begin(), expected.end(),
+                           [&](int32_t a, int32_t b) { return scores[a * kLanes + lane] > scores[b * kLanes + lane]; });
           expected.resize(count);
           std::sort(expected.begin(), expected.end());
           for (int64_t i = 0; i < count; ++i) {

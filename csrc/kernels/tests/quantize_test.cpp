@@ -57,8 +57,7 @@ Quantized quantize_with(const KernelTable& table, const std::vector<float>& weig
     for (const float value : weight) {
       uint32_t bits;
       std::memcpy(&bits, &value, sizeof(bits));
-      halves.push_back(options.type == ElementType::kFloat16 ? float16_bits(value)
-                                                             : static_cast<uint16_t>(bits >> 16));
+      halves.push_back(options.type == ElementType::kFloat16 ? float16_bits(value) : static_cast<uint16_t>(bits >> 16));
     }
   }
 
@@ -172,7 +171,8 @@ TEST(Quantize, SameBytesOnEveryInstructionSet) {
   } shapes[] = {{1, 1}, {5, 7}, {33, 100}, {64, 257}, {40, 1000}};
   uint64_t seed = 10;
   for (const auto& shape : shapes) {
-    std::vector<float> weight = random_weight(shape.rows * shape.columns, ++seed, seed % 2 == 0);
+    ++seed;
+    std::vector<float> weight = random_weight(shape.rows * shape.columns, seed, seed % 2 == 0);
     weight[weight.size() / 2] *= 100;
     std::vector<float> scales, importance;
     for (int64_t k = 0; k < shape.columns; ++k) {
@@ -231,7 +231,9 @@ TEST(Quantize, ScalesKeepTheRulesOfTheFormat) {
         for (int64_t p = 0; p < planes; ++p) {
           sum += stored_scale(packed, row, p);
           EXPECT_GE(stored_scale(packed, row, p), 0);
-          if (p > 0) EXPECT_LE(stored_scale(packed, row, p), stored_scale(packed, row, p - 1));
+          if (p > 0) {
+            EXPECT_LE(stored_scale(packed, row, p), stored_scale(packed, row, p - 1));
+          }
         }
         if (planes > 4) {
           for (int64_t p = 1; p < planes; ++p) {
@@ -296,7 +298,9 @@ TEST(Quantize, OutliersAscendAndAreExactToHalfAStep) {
         for (int64_t i = 0; i < outliers; ++i) {
           const int64_t column = packed.outlier_columns[outlier_slot(packed, row, i)];
           ASSERT_LT(column, kColumns);
-          if (i > 0) ASSERT_GT(column, packed.outlier_columns[outlier_slot(packed, row, i - 1)]);
+          if (i > 0) {
+            ASSERT_GT(column, packed.outlier_columns[outlier_slot(packed, row, i - 1)]);
+          }
           const int64_t at = row * kColumns + column;
           EXPECT_LE(std::fabs(weight[at] - restored[at]), half_step * 1.01 + 1e-6);
         }
@@ -434,8 +438,12 @@ TEST(Quantize, DegenerateRows) {
           for (int64_t k = 0; k < kColumns; ++k) {
             EXPECT_EQ(restored[k], 0);
             EXPECT_NEAR(restored[1 * kColumns + k], 0.37, 4e-4);
-            if (!means) EXPECT_NEAR(restored[2 * kColumns + k], weight[2 * kColumns + k], 4e-4);
-            if (outliers > 0) EXPECT_NEAR(restored[3 * kColumns + k], weight[3 * kColumns + k], 2e-3);
+            if (!means) {
+              EXPECT_NEAR(restored[2 * kColumns + k], weight[2 * kColumns + k], 4e-4);
+            }
+            if (outliers > 0) {
+              EXPECT_NEAR(restored[3 * kColumns + k], weight[3 * kColumns + k], 2e-3);
+            }
             EXPECT_NEAR(restored[4 * kColumns + k], weight[4 * kColumns + k], 1.5e-6);
             EXPECT_NEAR(restored[5 * kColumns + k], 6e4, 50);
             EXPECT_NEAR(restored[6 * kColumns + k], 0, 1e-7);
@@ -557,8 +565,8 @@ TEST(ColumnScales, AccumulatesProjections) {
   for (const KernelTable* table : supported_kernels()) {
     std::vector<float> sums(padded_columns(kColumns), 99.0f);
     const DenseRows rows = {weight.data(), kColumns, ElementType::kFloat32};
-    const float square_sum = table->codec.accumulate_column_scales(rows, kColumns, 2, kRows, 0.5f, projection.data(),
-                                                                   sums.data());
+    const float square_sum =
+        table->codec.accumulate_column_scales(rows, kColumns, 2, kRows, 0.5f, projection.data(), sums.data());
     EXPECT_NEAR(square_sum, squares, 1e-5 * squares);
     for (int64_t k = 0; k < kColumns; ++k) EXPECT_NEAR(sums[k], expected[k], 1e-5 * expected[k]) << table->name;
     sums.push_back(square_sum);

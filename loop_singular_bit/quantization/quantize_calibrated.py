@@ -1,0 +1,208 @@
+"""Weights packed for the least error of their outputs, with what `calibration` knows about their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loop_singular_bit import ops
+from loop_singular_bit.packed_weight import PackedWeight
+from loop_singular_bit.quantization.calibration import StatisticsStore
+from loop_singular_bit.quantization.outlier_preserving_quantizer import OutlierPreservingQuantizer
+from loop_singular_bit.quantization.presets import DEFAULT_PRESET, Preset, find_preset, outlier_count
+from loop_singular_bit.quantization.quantize_weight import quantize_weight
+
+DEFAULT_ROUNDS = 5
+DEFAULT_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class CalibratedWeight:
+    """A packed weight and how it came about.
+
+    Attributes:
+        losses: tr(E H E') / tr(W H W') with the damped hessian: after the sweep, after each round, at the end.
+        damping: share of the mean of the hessian's diagonal that was added to it.
+    """
+
+    packed_weight: PackedWeight
+    losses: tuple[float, ...]
+    damping: float
+
+
+@dataclass(frozen=True)
+class CalibratedLinear:
+    """Figures of one linear: relative errors of its outputs on the calibration text, sqrt(tr(E H E') / tr(W H W')).
+
+    Attributes:
+        output_error_before: of the same preset without calibration.
+        output_error: as packed.
+        damping: see `CalibratedWeight`; None where there was no calibration.
+        tokens: that went into the statistics; 0 where the linear was never called, and packed without calibration.
+    """
+
+    name: str
+    planes: int
+    outliers: int
+    bits_per_weight: float
+    output_error_before: float | None
+    output_error: float | None
+    damping: float | None
+    tokens: int
+
+
+def quantize_weight_calibrated(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    preset: str | Preset = DEFAULT_PRESET,
+    *,
+    planes: int | None = None,
+    outliers: int | None = None,
+    rounds: int = DEFAULT_ROUNDS,
+    damping: float = DEFAULT_DAMPING,
+) -> CalibratedWeight:
+    """Packs a weight [out_features, in_features] for the least error of its outputs; see `ops.quantize_calibrated`.
+
+    Args:
+        hessian: float32 [in_features, in_features], the second moment of the inputs.
+        preset: where planes, outliers and column scales come from.
+        planes: 1 to 4, instead of the preset's.
+        outliers: per row, instead of the preset's.
+
+    Raises:
+        ValueError: a preset with means, which are not calibrated, or see `ops.quantize_calibrated`.
+    """
+    chosen = find_preset(preset)
+    if chosen.means:
+        raise ValueError(f"preset {chosen.name!r} has means, which are not calibrated; take b1, b2, b3 or b4")
+    weight = weight.detach()
+    out_features, in_features = weight.shape
+    count = outlier_count(in_features, chosen.outlier_fraction) if outliers is None else outliers
+    scales = ops.fit_column_scales(weight) if chosen.column_scales else None
+    *packed, column_scales, losses, used_damping = ops.quantize_calibrated(
+        weight, hessian, chosen.planes if planes is None else planes, count, scales, rounds, damping
+    )
+    return CalibratedWeight(
+        PackedWeight(
+            *packed,
+            out_features=out_features,
+            in_features=in_features,
+            column_scales=column_scales if chosen.column_scales else None,
+        ),
+        tuple(losses.tolist()),
+        float(used_damping),
+    )
+
+
+def output_error(weight: torch.Tensor, packed_weight: PackedWeight, hessian: torch.Tensor) -> float:
+    """Relative error of a linear's outputs: sqrt(tr(E H E') / tr(W H W')); 0 for a weight that puts nothing out."""
+    exact = weight.detach().float()
+    difference = exact - packed_weight.dequantize()
+    squared = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+    signal = float(((exact @ hessian) * exact).sum(dtype=torch.float64))
+    return max(squared / signal, 0.0) ** 0.5 if signal > 0 else 0.0
+
+
+class CalibratedQuantizer(OutlierPreservingQuantizer):
+    """Packs the linears of a model with the statistics of their inputs; for `LoopCompressor` and `quantize_model`.
+
+    Args:
+        statistics: by name of linear. A linear without any was never called and is packed without calibration.
+        outlier_ratio: outliers over weights in a row, 0 to 1; None means the preset's.
+        preset: name of a preset or a `Preset`.
+        layouts: (planes, outliers per row) of linears that differ from the preset.
+        rounds: of refinement.
+        damping: share of the mean of the hessian's diagonal that is added to it.
+        measure_before: also pack every weight without calibration, for `output_error_before`.
+
+    Attributes:
+        linears: figures of each linear that was packed, in that order.
+    """
+
+    def __init__(
+        self,
+        statistics: StatisticsStore,
+        outlier_ratio: float | None = None,
+        preset: str | Preset = DEFAULT_PRESET,
+        *,
+        layouts: Mapping[str, tuple[int, int]] | None = None,
+        rounds: int = DEFAULT_ROUNDS,
+        damping: float = DEFAULT_DAMPING,
+        measure_before: bool = True,
+        calibration: str = "calibrated",
+    ) -> None:
+        super().__init__(outlier_ratio, preset)
+        if self.preset.means:
+            raise ValueError(f"preset {self.preset.name!r} has means, which are not calibrated; take b1, b2, b3 or b4")
+        self.statistics = statistics
+        self.layouts = dict(layouts or {})
+        self.rounds = rounds
+        self.damping = damping
+        self.measure_before = measure_before
+        self.calibration = calibration
+        self.linears: list[CalibratedLinear] = []
+
+    def layout_of(self, name: str, in_features: int) -> tuple[int, int]:
+        """Planes and outliers per row of a linear."""
+        return self.layouts.get(name, (self.preset.planes, outlier_count(in_features, self.outlier_ratio)))
+
+    def quantize_weight(self, weight: torch.Tensor, name: str) -> PackedWeight:
+        """Packs one weight; remembers its figures.
+
+        Raises:
+            ValueError: see `quantize_weight_calibrated`.
+        """
+        planes, outliers = self.layout_of(name, weight.shape[1])
+        # Statistics know modules, checkpoints know tensors.
+        module = name.removesuffix(".weight")
+        if module not in self.statistics:
+            packed = quantize_weight(weight, self.preset, planes=planes, outlier_fraction=outliers / weight.shape[1])
+            self._remember(name, packed, None, None, None, 0)
+            return packed
+        statistics = self.statistics[module]
+        calibrated = quantize_weight_calibrated(
+            weight,
+            statistics.hessian,
+            self.preset,
+            planes=planes,
+            outliers=outliers,
+            rounds=self.rounds,
+            damping=self.damping,
+        )
+        before: float | None = None
+        if self.measure_before:
+            plain = quantize_weight(weight, self.preset, planes=planes, outlier_fraction=outliers / weight.shape[1])
+            before = output_error(weight, plain, statistics.hessian)
+        after = output_error(weight, calibrated.packed_weight, statistics.hessian)
+        self._remember(name, calibrated.packed_weight, before, after, calibrated.damping, statistics.tokens)
+        return calibrated.packed_weight
+
+    def report(self) -> dict[str, Any]:
+        """What is worth keeping beside the packed weights."""
+        measured = [linear for linear in self.linears if linear.output_error is not None]
+        raised = {linear.name: linear.damping for linear in measured if (linear.damping or 0) > self.damping}
+        return {
+            "calibration": self.calibration,
+            "rounds": self.rounds,
+            "damping": self.damping,
+            "raised_damping": raised,
+            "uncalibrated": [linear.name for linear in self.linears if linear.output_error is None],
+            "linears": [vars(linear) for linear in self.linears],
+        }
+
+    def _remember(
+        self,
+        name: str,
+        packed: PackedWeight,
+        before: float | None,
+        after: float | None,
+        damping: float | None,
+        tokens: int,
+    ) -> None:
+        figures = CalibratedLinear(
+            name, packed.planes, packed.outliers, packed.bits_per_weight, before, after, damping, tokens
+        )
+        self.linears.append(figures)
