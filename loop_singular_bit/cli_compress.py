@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibrated_compression import CalibrationStep
     from .compression_run import CompressionProgress
-    from .quantization.calibration import CalibrationProgress
 
 HELP = "compress a checkpoint directory (config.json and safetensors files) or a model of the Hugging Face Hub"
 
@@ -57,20 +57,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="TEXT",
         nargs="+",
-        help="UTF-8 text files, or directories of *.txt, of the kind the model will see: pack for the least error of the "
-        "outputs on them (runs the original once; --target-ram-mb does not apply)",
+        help="UTF-8 text files, or directories of *.txt, of the kind the model will see: pack for the least error of "
+        "the outputs on them (runs the original once; --target-ram-mb does not apply)",
     )
     parser.add_argument("--calibration-window", metavar="TOKENS", type=int, default=512, help="(default 512)")
     parser.add_argument(
         "--calibration-windows", metavar="N", type=int, default=256, help="at most so many windows (default 256)"
     )
     parser.add_argument("--calibration-rounds", metavar="N", type=int, default=5, help="of refinement (default 5)")
+    parser.add_argument(
+        "--target-bits",
+        metavar="BITS",
+        type=float,
+        help="with --calibration: stored bits per weight of the linears, planes chosen linear by linear",
+    )
+    parser.add_argument(
+        "--tune",
+        choices=["scales", "signs"],
+        help="with --calibration: then train scales and outliers, or signs as well, to say what the original says",
+    )
+    parser.add_argument("--tuning-steps", metavar="N", type=int, default=60, help="of 2048 tokens (default 60)")
     add_output_arguments(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:
     from .cli import EXIT_OK, EXIT_QUALITY, PROGRAM, print_json
 
+    if (parsed.tune or parsed.target_bits is not None) and not parsed.calibration:
+        raise ValueError("--tune and --target-bits need --calibration TEXT...")
     texts = [path.read_text(encoding="utf-8") for path in parsed.evaluate_text or ()]
     source = find_source(parsed.source)
 
@@ -121,27 +135,33 @@ def run(parsed: argparse.Namespace) -> int:
 def _compress_calibrated(
     parsed: argparse.Namespace, source: Path, texts: list[str], progress: _ProgressBar
 ) -> dict[str, Any]:
-    from .calibrated_compression import compress_calibrated, read_texts
+    from .calibrated_compression import Calibration, compress_calibrated, read_texts
+    from .quantization.tuning import TuningOptions
 
+    calibration = Calibration(
+        window=parsed.calibration_window,
+        max_windows=parsed.calibration_windows,
+        rounds=parsed.calibration_rounds,
+        target_bits=parsed.target_bits,
+        tuning=TuningOptions(signs=parsed.tune == "signs", steps=parsed.tuning_steps) if parsed.tune else None,
+    )
     return compress_calibrated(
         source,
         parsed.output,
         read_texts(parsed.calibration),
         parsed.preset,
+        calibration,
         outlier_ratio=parsed.outlier_ratio,
-        window=parsed.calibration_window,
-        max_windows=parsed.calibration_windows,
-        rounds=parsed.calibration_rounds,
         resume=parsed.resume,
         overwrite=parsed.overwrite,
         calibration_progress=progress.update_calibration,
         progress=progress.update,
+        evaluate_text=texts or None,
+        max_layers=parsed.max_layers,
         threads=parsed.threads,
         skip_modules=parsed.skip_modules,
         quantize_embeddings=not parsed.keep_embeddings,
         max_shard_gb=parsed.max_shard_gb,
-        max_layers=parsed.max_layers,
-        evaluate_text=texts or None,
     )
 
 
@@ -192,12 +212,12 @@ class _ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def update_calibration(self, progress: CalibrationProgress) -> None:
+    def update_calibration(self, step: CalibrationStep) -> None:
         if not self._bar.disable:
-            finished = progress.parts_done == progress.parts_total
-            self._bar.total = 0 if finished else progress.parts_total
-            self._bar.n = 0 if finished else progress.parts_done
-            self._bar.set_postfix_str(f"calibrating: {progress.name}")
+            finished = step.done == step.total
+            self._bar.total = 0 if finished else step.total
+            self._bar.n = 0 if finished else step.done
+            self._bar.set_postfix_str(f"{step.description}, {step.done}/{step.total}")
 
     def update(self, progress: CompressionProgress) -> None:
         bar = self._bar

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from . import cli_generate_native
+
 HELP = "let a packed or an ordinary model continue a prompt"
 
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids repetition (default 1)")
     parser.add_argument("--activation-precision", choices=("int8", "int16", "exact"), help="of packed layers")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    cli_generate_native.add_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -36,6 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
     from .cli import EXIT_INTERRUPTED, EXIT_OK, print_json
 
     _check(parsed)
+    if parsed.engine == "native":
+        return cli_generate_native.run(parsed)
     import torch
     from transformers import TextStreamer
 
@@ -117,6 +122,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> None:
+    cli_generate_native.check(parsed)
     if parsed.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens: expected at least 1, got {parsed.max_new_tokens}")
     if parsed.temperature < 0:

@@ -16,7 +16,7 @@ HELP = "show the tensors of a packed checkpoint, bits per weight, and the shares
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="packed checkpoint")
     parser.add_argument("--all", action="store_true", help="show every layer, also those that look like the one before")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw errors and bits by layer (needs matplotlib)")
+    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw errors and bits by layer (with matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

@@ -46,7 +46,7 @@ _ERROR_PIECES = 8
 # The historic scheme sorts rows in float64 and int64.
 _HISTORIC_BYTES_PER_WEIGHT = 48
 # Code pages that are touched, stacks and arenas of threads, the interpreter's own growth.
-_RUNTIME_MB = 20.0
+_RUNTIME_MB = 25.0
 
 
 @dataclass(frozen=True)

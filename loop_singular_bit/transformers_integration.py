@@ -9,6 +9,7 @@ packed checkpoint holds one empty tensor under the name of a dense weight, whose
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,14 +122,17 @@ class LoopSingularBitConfig(QuantizationConfigMixin):
 
 @dataclass
 class _Plan:
-    """What is to be packed while a dense checkpoint is loaded; names of modules."""
+    """What is to be packed while a dense checkpoint is loaded.
 
-    linears: dict[str, int] = field(default_factory=dict)
-    """Linear -> planes."""
-    embeddings: dict[str, PackedEmbedding] = field(default_factory=dict)
-    """Embedding -> the empty module its tied heads refer to already."""
+    Attributes:
+        modules: name -> whether it is an embedding or an output head, which have planes of their own.
+        owners: name -> the empty packed module that others, which use its weight, refer to already.
+        skipped: name and reason of what is left alone.
+    """
+
+    modules: dict[str, bool] = field(default_factory=dict)
+    owners: dict[str, PackedLinear | PackedEmbedding] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Left alone, with the reason."""
 
 
 class LoopSingularBitQuantizer(HfQuantizer):
@@ -143,7 +147,8 @@ class LoopSingularBitQuantizer(HfQuantizer):
     quantization_config: LoopSingularBitConfig
 
     def __init__(self, quantization_config: LoopSingularBitConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # A copy: the layouts of this model are written into it, and the user may load another one with the same object.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         if not self.pre_quantized and quantization_config.modules is not None:
             raise ValueError(
                 "quantization_config: this is the configuration of a packed checkpoint, and the checkpoint is not "
@@ -185,18 +190,15 @@ class LoopSingularBitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         name, _, kind = param_name.rpartition(".")
-        return kind == "weight" and (name in self._plan.linears or name in self._plan.embeddings)
+        return kind == "weight" and name in self._plan.modules
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
-        name = param_name.rpartition(".")[0]
         if not self.param_needs_quantization(model, param_name):
             return float(param.element_size())
-        if name in self._plan.embeddings:
-            return self._plan.embeddings[name].packed_weight.bits_per_weight / 8
-        return self._linear_layout(model.get_submodule(name), self._plan.linears[name]).bits_per_weight / 8
+        name = param_name.rpartition(".")[0]
+        return self._layout(model.get_submodule(name), self._plan.modules[name]).bits_per_weight / 8
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        # Meta tensors are made here; what the model's own code would call to fill them must not run on them.
         if self.pre_quantized:
             self._install_packed_modules(model)
         else:
@@ -204,12 +206,9 @@ class LoopSingularBitQuantizer(HfQuantizer):
 
     def _install_packed_modules(self, model: PreTrainedModel) -> None:
         """Replaces every module that the checkpoint holds packed by an empty packed one."""
-        from .packed_linear import PackedEmbedding, PackedLinear
-
         config = self.quantization_config
         assert config.modules is not None
         names = _module_names(model, [*config.modules, *config.tied_modules])
-        ties = dict(model.all_tied_weights_keys)
         replaced: dict[str, PackedLinear | PackedEmbedding] = {}
         for stored_name, entry in config.modules.items():
             name = names.get(stored_name)
@@ -217,18 +216,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
                 continue  # The head of a checkpoint that is loaded without it; Transformers reports its tensors.
             where = f"config.json: quantization_config.modules[{stored_name!r}]"
             module = model.get_submodule(name)
-            layout = _checked_layout(where, entry, module)
-            if isinstance(module, nn.Linear):
-                replaced[name] = PackedLinear.empty(
-                    layout,
-                    bias=module.bias is not None,
-                    device="meta",
-                    dtype=model.dtype if module.bias is None else module.bias.dtype,
-                    activation_precision=config.activation_precision,
-                )
-            else:
-                assert isinstance(module, nn.Embedding)
-                replaced[name] = PackedEmbedding.empty(layout, module.padding_idx, "meta", module.weight.dtype)
+            replaced[name] = _empty(module, _checked_layout(where, entry, module), config.activation_precision)
         if not replaced:
             raise ValueError(
                 f"config.json: none of the {len(config.modules)} packed modules of the checkpoint is in "
@@ -238,109 +226,89 @@ class LoopSingularBitQuantizer(HfQuantizer):
             name, owner = names.get(stored_name), names.get(stored_owner)
             if name is None:
                 continue
-            embedding = None if owner is None else replaced.get(owner)
             module = model.get_submodule(name)
-            if not isinstance(embedding, PackedEmbedding) or not isinstance(module, nn.Linear):
-                raise ValueError(
-                    f"config.json: quantization_config.tied_modules[{stored_name!r}]: expected a linear tied to a "
-                    f"packed embedding, got {stored_owner!r}"
-                )
-            replaced[name] = PackedLinear.tied_to(
-                embedding, module.bias, activation_precision=config.activation_precision
-            )
+            where = f"config.json: quantization_config.tied_modules[{stored_name!r}]"
+            if owner is None or owner not in replaced:
+                raise ValueError(f"{where}: expected a packed module, got {stored_owner!r}")
+            _checked_layout(where, config.modules[stored_owner], module, any_kind=True)
+            replaced[name] = _tied(module, replaced[owner], config.activation_precision)
         for name, packed in replaced.items():
             _replace(model, name, packed)
-        _drop_ties(model, ties, set(replaced))
-        guards = "|".join(re.escape(name) for name in {*config.modules, *replaced})
-        ignored = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), rf"(^|\.)({guards})\.weight$"}
+        _drop_ties(model, set(replaced))
+        _ignore_dense_weights(model, {*config.modules, *replaced})
 
     def _plan_quantization(self, model: PreTrainedModel) -> None:
         """Decides what to pack; each dense module is replaced when its weight arrives."""
-        from .packed_linear import PackedEmbedding, PackedLinear
-        from .quantization.quantize_model import matches_any
-
         config = self.quantization_config
         preset = find_preset(config.preset or DEFAULT_PRESET)
         check_calibration(preset, force=config.force, stacklevel=6)
-        skip_patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or ())]
-        head = model.get_output_embeddings()
-        ties = dict(model.all_tied_weights_keys)
-        tied_to = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in ties.items()}
-        heads = {name for name, module in model.named_modules() if module is head or name.split(".")[-1] == "lm_head"}
-        plan = _Plan()
-        for name, module in model.named_modules():
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and "expert" in f"{name}.{parameter_name}".lower():
-                    raise ValueError(
-                        f"{name}.{parameter_name}: {list(parameter.shape)} is a fused weight of experts; only models "
-                        "whose weights are nn.Linear and nn.Embedding can be quantized while loading"
-                    )
-            if not isinstance(module, (nn.Linear, nn.Embedding)):
-                continue
-            is_word_level = isinstance(module, nn.Embedding) or name in heads or name in tied_to
-            if matches_any(name, skip_patterns):
-                reason: str | None = "named in modules_to_not_convert, or kept in float32 by the model"
-            elif type(module) not in (nn.Linear, nn.Embedding):
-                reason = f"{type(module).__name__}: a subclass, whose forward may be another"
-            elif is_word_level and not config.quantize_embeddings:
-                reason = "an embedding or output head, and quantize_embeddings is off"
-            elif isinstance(module, nn.Embedding):
-                reason = embedding_skip_reason(module.num_embeddings, module.embedding_dim)
-                if module.max_norm is not None:
-                    reason = "max_norm is set: it rewrites the weight in every call"
-            else:
-                reason = linear_skip_reason(module.out_features, module.in_features)
-            if reason is not None:
-                plan.skipped.append((name, reason))
-            elif isinstance(module, nn.Embedding):
-                layout = self._layout(module.num_embeddings, module.embedding_dim, preset.embedding_planes)
-                plan.embeddings[name] = PackedEmbedding.empty(layout, module.padding_idx, "meta", module.weight.dtype)
-            else:
-                plan.linears[name] = preset.embedding_planes if is_word_level else preset.planes
-        tied_heads = {}
-        for name, owner in tied_to.items():
-            if name in plan.linears and owner in plan.embeddings:
-                del plan.linears[name]
-                tied_heads[name] = owner
-            elif name in plan.linears or owner in plan.embeddings:
-                # Packing one of the two would keep the other one's dense weight: more memory, not less.
-                reason = f"shares its weight with {owner if name in plan.linears else name}, which stays as it is"
-                plan.skipped.append((name if name in plan.linears else owner, reason))
-                plan.linears.pop(name, None)
-                plan.embeddings.pop(owner, None)
-        if not plan.linears and not plan.embeddings:
+        _refuse_fused_experts(model)
+        ties = {
+            target.removesuffix(".weight"): source.removesuffix(".weight")
+            for target, source in model.all_tied_weights_keys.items()
+            if target.endswith(".weight") and source.endswith(".weight")
+        }
+        plan = self._packable(model, ties)
+        tied = _keep_ties_whole(plan, ties)
+        if not plan.modules:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.skipped)
             raise ValueError(f"nothing to quantize in {type(model).__name__}: {reasons or 'it has no linear layers'}")
-        for name, owner in tied_heads.items():
-            head_module = model.get_submodule(name)
-            assert isinstance(head_module, nn.Linear)
-            packed_head = PackedLinear.tied_to(
-                plan.embeddings[owner], head_module.bias, activation_precision=config.activation_precision
-            )
-            _replace(model, name, packed_head)
-        _drop_ties(model, ties, set(tied_heads))
-        ignored = model._keys_to_ignore_on_load_unexpected
-        duplicates = {rf"(^|\.){re.escape(name)}\.weight$" for name in tied_heads}
-        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *duplicates}
+        for owner in dict.fromkeys(tied.values()):
+            module = model.get_submodule(owner)
+            plan.owners[owner] = _empty(module, self._layout(module, True), config.activation_precision)
+        for name, owner in tied.items():
+            del plan.modules[name]
+            _replace(model, name, _tied(model.get_submodule(name), plan.owners[owner], config.activation_precision))
+        _drop_ties(model, set(tied))
+        # Some checkpoints store a shared weight twice.
+        _ignore_dense_weights(model, set(tied))
         self._plan = plan
         self.skipped = plan.skipped
         for name, reason in plan.skipped:
             logger.info("%s stays as it is: %s", name, reason)
 
-    def _layout(self, out_features: int, in_features: int, planes: int) -> PackedLayout:
-        preset = find_preset(self.quantization_config.preset or DEFAULT_PRESET)
-        fraction = self.quantization_config.outlier_fraction
-        outliers = outlier_count(in_features, preset.outlier_fraction if fraction is None else fraction)
-        # Embeddings and heads of "historic" are packed as those of the default preset: see quantize_embedding_weight.
-        like = find_preset(DEFAULT_PRESET) if preset.name == "historic" and planes > 1 else preset
-        if like is not preset and fraction is None:
-            outliers = outlier_count(in_features, like.outlier_fraction)
-        return PackedLayout(out_features, in_features, planes, outliers, like.column_scales, like.means)
+    def _packable(self, model: PreTrainedModel, ties: Mapping[str, str]) -> _Plan:
+        """Every module that is worth packing for itself, and why the others are not."""
+        from .quantization.quantize_model import matches_any
 
-    def _linear_layout(self, module: nn.Module, planes: int) -> PackedLayout:
-        assert isinstance(module, nn.Linear)
-        return self._layout(module.out_features, module.in_features, planes)
+        config = self.quantization_config
+        in_float32 = list(model._keep_in_fp32_modules or ())
+        head = model.get_output_embeddings()
+        plan = _Plan()
+        for name, module in model.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            is_head = module is head or name.rpartition(".")[2] == "lm_head" or name in ties
+            is_embedding_or_head = isinstance(module, nn.Embedding) or is_head
+            if matches_any(name, config.modules_to_not_convert):
+                reason: str | None = "named in modules_to_not_convert"
+            elif matches_any(name, in_float32):
+                reason = "the model keeps it in float32"
+            elif type(module) not in (nn.Linear, nn.Embedding):
+                reason = f"{type(module).__name__}: a subclass, whose forward may be another"
+            elif is_embedding_or_head and not config.quantize_embeddings:
+                reason = "an embedding or output head, and quantize_embeddings is off"
+            elif isinstance(module, nn.Embedding) and module.max_norm is not None:
+                reason = "max_norm is set: it rewrites the weight in every call"
+            else:
+                skip_reason = embedding_skip_reason if isinstance(module, nn.Embedding) else linear_skip_reason
+                reason = skip_reason(*_weight_shape(module))
+            if reason is None:
+                plan.modules[name] = is_embedding_or_head
+            else:
+                plan.skipped.append((name, reason))
+        return plan
+
+    def _layout(self, module: nn.Module, is_embedding_or_head: bool) -> PackedLayout:
+        """The layout that `quantize_weight` or `quantize_embedding_weight` will give the weight of a module."""
+        preset = find_preset(self.quantization_config.preset or DEFAULT_PRESET)
+        planes = preset.embedding_planes if is_embedding_or_head else preset.planes
+        if is_embedding_or_head and preset.name == "historic":
+            preset = find_preset(DEFAULT_PRESET)
+        fraction = self.quantization_config.outlier_fraction
+        out_features, in_features = _weight_shape(module)
+        outliers = outlier_count(in_features, preset.outlier_fraction if fraction is None else fraction)
+        return PackedLayout(out_features, in_features, planes, outliers, preset.column_scales, preset.means)
 
     # ---- while loading ----------------------------------------------------------------------------------------------
 
@@ -353,35 +321,35 @@ class LoopSingularBitQuantizer(HfQuantizer):
         A weight that cannot be packed is remembered and raised after loading: the loader turns every exception of this
         call into a row of a table, and its own error says only that there is one.
         """
-        from .packed_linear import PackedLinear
+        from .packed_linear import PackedEmbedding, PackedLinear
         from .quantization.quantize_weight import quantize_embedding_weight, quantize_weight
 
         if self._failure is not None:
             return
         config = self.quantization_config
-        preset = find_preset(config.preset or DEFAULT_PRESET)
-        planes = self._plan.linears.get(name)
-        quantize = quantize_weight if planes == preset.planes else quantize_embedding_weight
+        quantize = quantize_embedding_weight if self._plan.modules[name] else quantize_weight
         try:
-            packed_weight = quantize(weight, preset, outlier_fraction=config.outlier_fraction)
+            packed_weight = quantize(weight, config.preset or DEFAULT_PRESET, outlier_fraction=config.outlier_fraction)
         except ValueError as error:
             self._failure = ValueError(f"{name}: {error}")
             self._failure.__cause__ = error
             return
+        module = model.get_submodule(name)
         packed: PackedLinear | PackedEmbedding
-        if planes is not None:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            packed = PackedLinear.from_packed_weight(
-                packed_weight, linear.bias, activation_precision=config.activation_precision
-            )
-        else:
-            # Filled, not made: tied heads refer to this module.
-            packed = self._plan.embeddings[name]
+        if name in self._plan.owners:
+            # Filled, not made: others refer to this module.
+            packed = self._plan.owners[name]
             for tensor_name, tensor in packed_weight.tensors().items():
                 setattr(packed, tensor_name, tensor)
-        for buffer in packed.buffers():
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
+            if isinstance(packed, PackedLinear) and isinstance(module, nn.Linear):
+                packed.bias = module.bias
+        elif isinstance(module, nn.Linear):
+            packed = PackedLinear.from_packed_weight(
+                packed_weight, module.bias, activation_precision=config.activation_precision
+            )
+        else:
+            assert isinstance(module, nn.Embedding)
+            packed = PackedEmbedding.from_packed_weight(packed_weight, module.padding_idx, dtype=module.weight.dtype)
         _replace(model, name, packed)
 
     # ---- after loading ----------------------------------------------------------------------------------------------
@@ -392,8 +360,10 @@ class LoopSingularBitQuantizer(HfQuantizer):
         if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
             raise ValueError("device_map: a packed model cannot be offloaded to disk; load it with device_map='cpu'")
         packed_modules = dict(_packed_modules(model))
+        for module in packed_modules.values():
+            module.__dict__.pop("weight", None)  # see _replace
         if not self.pre_quantized:
-            left = [name for name in [*self._plan.linears, *self._plan.embeddings] if name not in packed_modules]
+            left = [name for name in self._plan.modules if name not in packed_modules]
             if left:
                 raise ValueError(f"the checkpoint lacks {left[0]}.weight ({len(left)} weights missing in all)")
             for name, module in packed_modules.items():
@@ -443,7 +413,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
                     module.num_embeddings, module.embedding_dim, module.padding_idx, _weight=weight.data
                 )
             replacement.weight = weight
-            _replace(model, name, replacement)
+            _set_module(model, name, replacement)
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -493,14 +463,15 @@ def attach_quantizer(model: PreTrainedModel, preset: str, modules_to_not_convert
     """Lets `save_pretrained` write a model whose modules were packed in memory as a packed checkpoint."""
     config = LoopSingularBitConfig(preset=preset, modules_to_not_convert=modules_to_not_convert)
     _describe(model, config)
-    _drop_ties(model, dict(model.all_tied_weights_keys), {name for name, _ in _packed_modules(model)})
+    _drop_ties(model, {name for name, _ in _packed_modules(model)})
+    quantizer = LoopSingularBitQuantizer(config, pre_quantized=True)
     for attribute, value in (
-        ("hf_quantizer", LoopSingularBitQuantizer(config, pre_quantized=True)),
+        ("hf_quantizer", quantizer),
         ("is_quantized", True),
         ("quantization_method", QUANT_METHOD),
     ):
         setattr(model, attribute, value)
-    model.config.quantization_config = config
+    model.config.quantization_config = quantizer.quantization_config
 
 
 def guard_tensor(module_name: str) -> tuple[str, torch.Tensor]:
@@ -516,20 +487,19 @@ def _describe(model: PreTrainedModel, config: LoopSingularBitConfig) -> None:
     """Writes the layouts of the packed modules that the model has now into its configuration."""
     from .packed_linear import PackedLinear
 
-    owners: dict[int, str] = {}
-    modules: dict[str, Mapping[str, Any]] = {}
+    packed_modules = dict(_packed_modules(model))
+    names = {id(module): name for name, module in packed_modules.items()}
+    modules: dict[str, dict[str, Any]] = {}
     tied_modules = {}
-    for name, module in _packed_modules(model):
-        key = module.packed_weight.signs.data_ptr()
-        if key in owners:
-            tied_modules[name] = owners[key]
-            continue
-        owners[key] = name
-        kind = "linear" if isinstance(module, PackedLinear) else "embedding"
-        modules[name] = {"kind": kind, **module.packed_weight.layout.to_dict()}
+    for name, module in packed_modules.items():
+        if module.weight_owner is not None:
+            tied_modules[name] = names[id(module.weight_owner)]
+        else:
+            kind = "linear" if isinstance(module, PackedLinear) else "embedding"
+            modules[name] = {"kind": kind, **module.packed_weight.layout.to_dict()}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no packed modules; there is nothing to save as packed")
-    config.modules = {name: dict(entry) for name, entry in modules.items()}
+    config.modules = modules
     config.tied_modules = tied_modules
 
 
@@ -555,22 +525,25 @@ def _check_loaded(name: str, module: PackedLinear | PackedEmbedding) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _checked_layout(where: str, entry: Mapping[str, Any], module: nn.Module) -> PackedLayout:
-    """The layout of a checkpoint's entry, after making sure that it is one of the module it names."""
-    kind = entry.get("kind")
-    if isinstance(module, nn.Linear):
-        expected = ("linear", module.out_features, module.in_features)
-    elif isinstance(module, nn.Embedding):
-        expected = ("embedding", module.num_embeddings, module.embedding_dim)
-    else:
+def _checked_layout(where: str, entry: Mapping[str, Any], module: nn.Module, *, any_kind: bool = False) -> PackedLayout:
+    """The layout of a checkpoint's entry, after making sure that it is one of the module it names, or is to be used by.
+
+    Args:
+        any_kind: a linear may use the weight of an embedding, and the other way round.
+    """
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
         raise ValueError(f"{where}: expected an nn.Linear or nn.Embedding in the model, got {type(module).__name__}")
+    stored_kind = entry.get("kind")
+    kind = "linear" if isinstance(module, nn.Linear) else "embedding"
+    out_features, in_features = _weight_shape(module)
     try:
         layout = PackedLayout.from_dict(entry)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if (kind, layout.out_features, layout.in_features) != expected:
+    is_same_kind = any_kind or stored_kind == kind
+    if not is_same_kind or (layout.out_features, layout.in_features) != (out_features, in_features):
         raise ValueError(
-            f"{where}: the model has a {expected[0]} {expected[1]} x {expected[2]} there, the checkpoint a {kind} "
+            f"{where}: the model has a {kind} {out_features} x {in_features} there, the checkpoint a {stored_kind} "
             f"{layout.out_features} x {layout.in_features}"
         )
     return layout
@@ -594,17 +567,13 @@ def _module_names(model: PreTrainedModel, stored_names: Sequence[str]) -> dict[s
     return names
 
 
-def _drop_ties(model: PreTrainedModel, ties: Mapping[str, str], replaced: set[str]) -> None:
-    """Makes Transformers forget the ties of weights that are now packed (they are tied in the packed modules)."""
+def _drop_ties(model: PreTrainedModel, packed: set[str]) -> None:
+    """Makes Transformers forget the ties of weights that are now packed (they are tied as packed modules)."""
     from transformers import PreTrainedModel
 
-    kept = {
-        target: source
-        for target, source in ties.items()
-        if not (target.endswith(".weight") and target.removesuffix(".weight") in replaced)
-        and not (source.endswith(".weight") and source.removesuffix(".weight") in replaced)
-    }
-    model.all_tied_weights_keys = dict(kept)
+    ties = dict(model.all_tied_weights_keys)
+    weights = {f"{name}.weight" for name in packed}
+    kept = {target: source for target, source in ties.items() if not {target, source} & weights}
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             start = f"{prefix}." if prefix else ""
@@ -613,17 +582,90 @@ def _drop_ties(model: PreTrainedModel, ties: Mapping[str, str], replaced: set[st
                 for target, source in kept.items()
                 if target.startswith(start) and source.startswith(start)
             }
-            if module._tied_weights_keys is not None and set(ties) - set(kept):
-                module._tied_weights_keys = own
             module.all_tied_weights_keys = own
+            if module._tied_weights_keys is not None and len(kept) < len(ties):
+                module._tied_weights_keys = own
 
 
-def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
+def _ignore_dense_weights(model: PreTrainedModel, names: set[str]) -> None:
+    """Keeps Transformers from reporting dense weights of packed modules, such as the guard, as unexpected."""
+    pattern = "|".join(re.escape(name) for name in sorted(names))
+    ignored = model._keys_to_ignore_on_load_unexpected
+    model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *([rf"(^|\.)({pattern})\.weight$"] if names else [])}
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and "expert" in name.lower():
+            raise ValueError(
+                f"{name}: {list(parameter.shape)} is a fused weight of experts; only models whose weights are "
+                "nn.Linear and nn.Embedding can be quantized while loading"
+            )
+
+
+def _keep_ties_whole(plan: _Plan, ties: Mapping[str, str]) -> dict[str, str]:
+    """Takes modules that share a weight with one that stays dense out of the plan; the ties that are left in it.
+
+    Packing some of them would keep the dense weight of the others: more memory, not less.
+    """
+    for owner in dict.fromkeys(ties.values()):
+        group = [owner, *(name for name, source in ties.items() if source == owner)]
+        dense = [name for name in group if name not in plan.modules]
+        if dense:
+            for name in group:
+                if plan.modules.pop(name, None) is not None:
+                    plan.skipped.append((name, f"shares its weight with {dense[0]}, which stays as it is"))
+    return {name: owner for name, owner in ties.items() if name in plan.modules}
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    assert isinstance(module, nn.Embedding)
+    return module.num_embeddings, module.embedding_dim
+
+
+def _empty(module: nn.Module, layout: PackedLayout, activation_precision: str) -> PackedLinear | PackedEmbedding:
+    """An empty packed module on meta in place of a dense one."""
+    from .packed_linear import PackedEmbedding, PackedLinear
+
+    if isinstance(module, nn.Linear):
+        dtype = None if module.bias is None else module.bias.dtype
+        has_bias = module.bias is not None
+        return PackedLinear.empty(layout, has_bias, "meta", dtype, activation_precision=activation_precision)
+    assert isinstance(module, nn.Embedding)
+    return PackedEmbedding.empty(layout, module.padding_idx, "meta", module.weight.dtype)
+
+
+def _tied(
+    module: nn.Module, owner: PackedLinear | PackedEmbedding, activation_precision: str
+) -> PackedLinear | PackedEmbedding:
+    """A packed module without a weight of its own in place of a dense one."""
+    from .packed_linear import PackedEmbedding, PackedLinear
+
+    if isinstance(module, nn.Linear):
+        return PackedLinear.tied_to(owner, module.bias, activation_precision=activation_precision)
+    assert isinstance(module, nn.Embedding)
+    return PackedEmbedding.tied_to(owner, module.padding_idx, dtype=module.weight.dtype)
+
+
+def _replace(model: nn.Module, name: str, replacement: PackedLinear | PackedEmbedding) -> None:
+    """Puts a packed module into a model that Transformers is loading."""
+    # Transformers initializes what it was not told is initialized. Packed modules have nothing to initialize, but the
+    # code of their parents may reach for their weight in order to do it: it gets one of the right shape,
+    # without memory.
+    layout = replacement.packed_weight.layout
+    stand_in = torch.empty(layout.out_features, layout.in_features, device="meta")
+    loaded = [buffer for buffer in replacement.buffers(recurse=False) if not buffer.is_meta]
+    for initialized in (replacement, stand_in, *loaded):
+        initialized._is_hf_initialized = True  # type: ignore[union-attr]
+    replacement.__dict__["weight"] = stand_in
+    _set_module(model, name, replacement)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent_name, _, child_name = name.rpartition(".")
-    # Transformers initializes what it was not told is initialized; packed modules have nothing to initialize.
-    replacement._is_hf_initialized = True  # type: ignore[assignment]
-    replacement.train(model.training)
-    setattr(model.get_submodule(parent_name), child_name, replacement)
+    setattr(model.get_submodule(parent_name), child_name, module.train(model.training))
 
 
 register()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from source_checkpoints import hashed_files, llama_config, llama_tensors, write_llama, write_source
 
+from loop_singular_bit import cli_compress
 from loop_singular_bit.cli import main
 
 RAM = ["--target-ram-mb", "4000"]  # the process of the tests holds more than a compression may
@@ -187,3 +188,19 @@ def test_help_and_version_need_no_torch() -> None:
         assert command in output
     module = [sys.executable, "-m", "loop_singular_bit", "--version"]
     assert subprocess.run(module, capture_output=True, text=True, check=True).stdout.startswith("loop-singular-bit ")
+
+
+def test_an_interrupted_compression_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_llama(tmp_path / "source")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_compress._ProgressBar, "update", interrupt)
+        code, _, errors = run(capsys, "compress", source, tmp_path / "packed", *RAM)
+    assert code == 130 and "interrupted; continue with --resume" in errors
+    assert not (tmp_path / "packed").exists()
+    assert run(capsys, "compress", source, tmp_path / "packed", "--resume", "--quiet", *RAM)[0] == 0

@@ -52,8 +52,8 @@ struct DecoderKernels {
   // gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]
   void (*gate)(const float* up, int64_t count, float* gate);
 
-  // output[t, n] = bias[n] + sum_k input[t, k] * weight[n, k] for rows [row_begin, row_end) of a dense weight, all float32
-  // but the weight. Rows of input and output lie input_stride and output_stride apart; bias may be nullptr.
+  // output[t, n] = bias[n] + sum_k input[t, k] * weight[n, k] for rows [row_begin, row_end) of a dense weight, all
+  // float32 but the weight. Rows of input and output lie input_stride and output_stride apart; bias may be nullptr.
   void (*dense_linear)(const void* weight, ElementType type, int64_t in_features, int64_t row_begin, int64_t row_end,
                        const float* input, int64_t input_stride, int64_t tokens, const float* bias, float* output,
                        int64_t output_stride);

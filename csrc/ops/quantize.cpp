@@ -86,7 +86,10 @@ std::vector<float> importance_or_ones(const std::optional<at::Tensor>& importanc
   TORCH_CHECK(false, "weight: a kernel reported values that are not finite, but there are none");
 }
 
-// Rank-1 fit |weight| ~ r g' by alternating least squares, columns weighted by their importance.
+// Rank-1 fit |weight| ~ r g' by alternating least squares, columns weighted by their importance; the column scales are
+// g^(3/4). The full g divides by the magnitudes that outliers give a column too, and by the chance of a few hundred
+// rows; measured on all-MiniLM-L6-v2, weight error and damage are lowest at exponents of 0.7 to 0.8 for 2, 3 and 4
+// planes.
 at::Tensor fit_column_scales(const at::Tensor& weight, const std::optional<at::Tensor>& column_importance) {
   const WeightRows dense = weight_rows(weight);
   const int64_t columns = dense.in_features;
@@ -141,10 +144,15 @@ at::Tensor fit_column_scales(const at::Tensor& weight, const std::optional<at::T
     }
   }
 
+  double mean = 0;
+  for (double& scale : scales) {
+    scale = std::sqrt(scale) * std::sqrt(std::sqrt(scale));
+    mean += scale / static_cast<double>(columns);
+  }
   at::Tensor result = at::empty({columns}, at::kHalf);
   at::Half* halves = result.mutable_data_ptr<at::Half>();
   for (int64_t k = 0; k < columns; ++k) {
-    halves[k] = static_cast<float>(std::clamp(scales[k], kSmallestColumnScale, kLargestFloat16));
+    halves[k] = static_cast<float>(std::clamp(scales[k] / mean, kSmallestColumnScale, kLargestFloat16));
   }
   return result;
 }

@@ -34,8 +34,8 @@ const char* kind_name(ErrorKind kind) {
 }
 
 void remember(const char* kind, const char* message, int64_t needed_bytes) {
-  last_error = join("{\"kind\": \"", kind, "\", \"message\": ", json_quoted(message), ", \"needed_bytes\": ", needed_bytes,
-                    "}");
+  last_error =
+      join("{\"kind\": \"", kind, "\", \"message\": ", json_quoted(message), ", \"needed_bytes\": ", needed_bytes, "}");
 }
 
 // No exception may leave through the C interface.
@@ -81,9 +81,9 @@ double as_number(const Json& value) { return value.number(); }
 bool as_boolean(const Json& value) { return value.boolean(); }
 
 ModelOptions model_options(const char* text) {
-  const Json json = parse_options(text, {"directory", "budget_bytes", "context", "back_end", "activation_precision",
-                                         "cache_type", "threads", "prefetch", "max_layers", "prefill_tokens",
-                                         "interrupt_descriptor"});
+  const Json json =
+      parse_options(text, {"directory", "budget_bytes", "context", "back_end", "activation_precision", "cache_type",
+                           "threads", "prefetch", "max_layers", "prefill_tokens", "interrupt_descriptor"});
   ModelOptions options;
   options.directory = json.at("directory").string();
   read_option(json, "budget_bytes", options.budget_bytes, as_integer);
@@ -93,7 +93,8 @@ ModelOptions model_options(const char* text) {
   }
   read_option(json, "activation_precision", options.activation_precision,
               [](const Json& value) { return activation_precision_named(value.string()); });
-  read_option(json, "cache_type", options.cache_type, [](const Json& value) { return cache_type_named(value.string()); });
+  read_option(json, "cache_type", options.cache_type,
+              [](const Json& value) { return cache_type_named(value.string()); });
   read_option(json, "threads", options.threads, as_integer);
   read_option(json, "prefetch", options.prefetch, as_boolean);
   read_option(json, "max_layers", options.max_layers, as_integer);
@@ -123,8 +124,8 @@ const char* loop_singular_bit_error(void) { return last_error.c_str(); }
 void loop_singular_bit_free(char* text) { std::free(text); }
 
 loop_singular_bit_model* loop_singular_bit_open(const char* options) {
-  return guarded<loop_singular_bit_model*>(
-      nullptr, [&] { return new loop_singular_bit_model{Model(model_options(options))}; });
+  return guarded<loop_singular_bit_model*>(nullptr,
+                                           [&] { return new loop_singular_bit_model{Model(model_options(options))}; });
 }
 
 void loop_singular_bit_close(loop_singular_bit_model* model) { delete model; }
@@ -141,16 +142,16 @@ char* loop_singular_bit_statistics(loop_singular_bit_model* model) {
   return guarded<char*>(nullptr, [&] {
     const ModelStatistics statistics = model->model.statistics();
     return copied(join("{\"bytes_read\": ", statistics.bytes_read, ", \"seconds_waited\": ", statistics.seconds_waited,
-                       ", \"direct\": ", statistics.is_direct ? "true" : "false",
-                       ", \"peak_resident_bytes\": ", statistics.peak_resident_bytes,
-                       ", \"length\": ", statistics.length, "}"));
+                       ", \"direct\": ", statistics.is_direct ? "true" : "false", ", \"peak_resident_bytes\": ",
+                       statistics.peak_resident_bytes, ", \"length\": ", statistics.length, "}"));
   });
 }
 
-int loop_singular_bit_start(loop_singular_bit_model* model, const int32_t* tokens, int64_t count, const char* sampling) {
+int loop_singular_bit_start(loop_singular_bit_model* model, const int32_t* tokens, int64_t count,
+                            const char* sampling) {
   return guarded<int>(-1, [&] {
-    const Json json = parse_options(
-        sampling, {"temperature", "top_p", "top_k", "repetition_penalty", "seed", "reuse_cache"});
+    const Json json =
+        parse_options(sampling, {"temperature", "top_p", "top_k", "repetition_penalty", "seed", "reuse_cache"});
     SamplingOptions options;
     bool reuse_cache = false;
     read_option(json, "temperature", options.temperature, as_number);

@@ -1,8 +1,8 @@
 /* The runtime for other languages: a C interface over model.h. Options and reports are JSON texts.
  *
- * Functions that return a pointer return NULL, and those that return an int a negative number, when something went wrong;
- * loop_singular_bit_error() then describes it. Texts that are returned are freed with loop_singular_bit_free(). A model is
- * used by one thread at a time. */
+ * Functions that return a pointer return NULL, and those that return an int a negative number, when something went
+ * wrong; loop_singular_bit_error() then describes it. Texts that are returned are freed with loop_singular_bit_free().
+ * A model is used by one thread at a time. */
 #pragma once
 
 #include <stdint.h>

@@ -39,12 +39,13 @@ int64_t score_floats(const DecoderOptions& options) {
 }
 
 struct KernelBytes {
-  int64_t decode = 0;             // of one token
+  int64_t decode = 0;  // of one token
   int64_t prefill_activations = 0;
-  int64_t prefill_scratch = 0;    // per thread
+  int64_t prefill_scratch = 0;  // per thread
 };
 
-KernelBytes kernel_bytes(const PackedCheckpoint& checkpoint, const KernelTable& kernels, const DecoderOptions& options) {
+KernelBytes kernel_bytes(const PackedCheckpoint& checkpoint, const KernelTable& kernels,
+                         const DecoderOptions& options) {
   KernelBytes bytes;
   for (const StoredMatrix& matrix : checkpoint.matrices()) {
     if (!matrix.is_packed) continue;
@@ -146,7 +147,10 @@ void Decoder::process(const int32_t* tokens, int64_t count, bool all_logits, flo
   for (int64_t first = 0; first < count; first += options_.prefill_tokens) {
     const int64_t here = std::min(options_.prefill_tokens, count - first);
     const bool is_last = first + here == count;
-    process_chunk(tokens + first, here, all_logits ? here : is_last ? 1 : 0,
+    process_chunk(tokens + first, here,
+                  all_logits ? here
+                  : is_last  ? 1
+                             : 0,
                   all_logits ? logits + first * config_.vocabulary : logits);
   }
 }
@@ -277,8 +281,8 @@ void Decoder::linear(const UnitRange& units, const StoredLinear& linear, const f
     } else {
       const float* bias = linear.bias.empty() ? nullptr : linear.bias.data() + view.first_row;
       pool_.for_each(view.rows, kRowsPerTile, [&](int64_t begin, int64_t end, int) {
-        kernels_.decoder.dense_linear(view.dense, matrix.dense_type, matrix.in_features, begin, end, input, input_stride,
-                                      tokens, bias, output + view.first_row, matrix.out_features);
+        kernels_.decoder.dense_linear(view.dense, matrix.dense_type, matrix.in_features, begin, end, input,
+                                      input_stride, tokens, bias, output + view.first_row, matrix.out_features);
       });
     }
     stream_.release(unit);
@@ -368,8 +372,7 @@ void Decoder::attention(int64_t index, int64_t tokens) {
     AttentionQuery batch[kQueriesPerTask];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = (first + i) / group;
-      float* vector =
-          queries_ + (token * config_.heads + head * group + (first + i) % group) * head_dim;
+      float* vector = queries_ + (token * config_.heads + head * group + (first + i) % group) * head_dim;
       const int64_t end = length_ + token + 1;
       batch[i] = {vector, vector, window > 0 ? std::max<int64_t>(0, end - window) : 0, end};
     }

@@ -36,8 +36,8 @@ class Decoder {
   static DecoderBytes bytes(const PackedCheckpoint& checkpoint, const KernelTable& kernels,
                             const DecoderOptions& options);
 
-  // Appends tokens to the sequence. Writes the logits of the last token to logits[0 .. vocabulary), or of every token to
-  // logits[count, vocabulary]. Throws Error, and leaves the sequence as long as whole chunks were done.
+  // Appends tokens to the sequence. Writes the logits of the last token to logits[0 .. vocabulary), or of every token
+  // to logits[count, vocabulary]. Throws Error, and leaves the sequence as long as whole chunks were done.
   void process(const int32_t* tokens, int64_t count, bool all_logits, float* logits);
 
   int64_t length() const { return length_; }

@@ -50,8 +50,9 @@ PageMemory::PageMemory(int64_t bytes, bool huge_pages) : bytes_(page_ceiling(std
   mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) {
     mapping_ = nullptr;
-    throw Error(ErrorKind::kMemoryBudget, join("the system gives no ", mapping_bytes_, " bytes of memory: ",
-                                               std::strerror(errno)), mapping_bytes_);
+    throw Error(ErrorKind::kMemoryBudget,
+                join("the system gives no ", mapping_bytes_, " bytes of memory: ", std::strerror(errno)),
+                mapping_bytes_);
   }
   const auto address = reinterpret_cast<uintptr_t>(mapping_);
   data_ = reinterpret_cast<std::byte*>((address + alignment - 1) / alignment * alignment);
@@ -137,8 +138,7 @@ void DataFile::read_pages(int64_t offset, int64_t bytes, void* target) const {
     return;
   }
   for (int64_t done = 0; done < needed;) {
-    const ssize_t count =
-        pread(direct_descriptor_, static_cast<char*>(target) + done, bytes - done, offset + done);
+    const ssize_t count = pread(direct_descriptor_, static_cast<char*>(target) + done, bytes - done, offset + done);
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) fail_read(offset, needed, count < 0 ? errno : 0);
     done += count;

@@ -14,8 +14,8 @@ constexpr int64_t kPageBytes = 4096;  // what O_DIRECT wants offsets, lengths an
 constexpr int64_t page_floor(int64_t bytes) { return bytes / kPageBytes * kPageBytes; }
 constexpr int64_t page_ceiling(int64_t bytes) { return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes; }
 
-// Zeroed memory from the kernel, not from malloc's heap: pages that were never written are not resident, and all of it goes
-// back at the end.
+// Zeroed memory from the kernel, not from malloc's heap: pages that were never written are not resident, and all of it
+// goes back at the end.
 class PageMemory {
  public:
   PageMemory() = default;

@@ -195,8 +195,8 @@ class JsonParser {
 Json Json::parse(std::string_view text, const std::string& where) { return JsonParser(text, where).document(); }
 
 void Json::wrong(const char* expected) const {
-  static constexpr const char* kKinds[] = {"null", "a boolean", "an integer", "a number",
-                                           "a string", "a list", "an object"};
+  static constexpr const char* kKinds[] = {"null",     "a boolean", "an integer", "a number",
+                                           "a string", "a list",    "an object"};
   const auto* integer = std::get_if<int64_t>(&value_);
   const auto* text = std::get_if<std::string>(&value_);
   fail(ErrorKind::kCheckpoint, where_, ": expected ", expected, ", got ",
@@ -207,8 +207,9 @@ void Json::wrong(const char* expected) const {
 
 const Json* Json::find(std::string_view key) const {
   const Object& members = object();
-  const auto found = std::lower_bound(members.begin(), members.end(), key,
-                                      [](const auto& member, std::string_view wanted) { return member.first < wanted; });
+  const auto found =
+      std::lower_bound(members.begin(), members.end(), key,
+                       [](const auto& member, std::string_view wanted) { return member.first < wanted; });
   if (found == members.end() || found->first != key) return nullptr;
   return std::holds_alternative<std::monostate>(found->second.value_) ? nullptr : &found->second;
 }

@@ -1,5 +1,6 @@
-// JSON as configurations and safetensors headers need it. Own parser: the build of a bare machine stays free of downloads,
-// and headers from elsewhere meet limits (depth, duplicate keys, exact integers) that general libraries do not set.
+// JSON as configurations and safetensors headers need it. Own parser: the build of a bare machine stays free of
+// downloads, and headers from elsewhere meet limits (depth, duplicate keys, exact integers) that general libraries do
+// not set.
 #pragma once
 
 #include <cstdint>

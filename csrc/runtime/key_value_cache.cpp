@@ -3,9 +3,7 @@
 namespace loop_singular_bit::runtime {
 namespace {
 
-int64_t element_bytes(CacheType type) {
-  return type == CacheType::kFloat32 ? 4 : type == CacheType::kFloat16 ? 2 : 1;
-}
+int64_t element_bytes(CacheType type) { return type == CacheType::kFloat32 ? 4 : type == CacheType::kFloat16 ? 2 : 1; }
 
 int64_t padded(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 

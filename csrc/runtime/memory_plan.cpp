@@ -26,10 +26,10 @@ struct Sizes {
 };
 
 // From what is fastest to what is smallest: large units keep a disk busy, long chunks share a pass over the weights.
-constexpr Sizes kSizes[] = {
-    {16 * kMiB, 512}, {8 * kMiB, 512}, {16 * kMiB, 256}, {8 * kMiB, 256}, {8 * kMiB, 128}, {4 * kMiB, 128},
-    {8 * kMiB, 64},   {4 * kMiB, 64},  {2 * kMiB, 64},   {4 * kMiB, 32},  {2 * kMiB, 32},  {2 * kMiB, 16},
-    {1 * kMiB, 16},   {1 * kMiB, 8},   {kMiB / 4, 8},    {kMiB / 4, 1}};
+constexpr Sizes kSizes[] = {{16 * kMiB, 512}, {8 * kMiB, 512}, {16 * kMiB, 256}, {8 * kMiB, 256},
+                            {8 * kMiB, 128},  {4 * kMiB, 128}, {8 * kMiB, 64},   {4 * kMiB, 64},
+                            {2 * kMiB, 64},   {4 * kMiB, 32},  {2 * kMiB, 32},   {2 * kMiB, 16},
+                            {1 * kMiB, 16},   {1 * kMiB, 8},   {kMiB / 4, 8},    {kMiB / 4, 1}};
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");
@@ -43,8 +43,8 @@ int64_t sum(const std::vector<PlanLine>& lines) {
 
 class Planner {
  public:
-  Planner(const PackedCheckpoint& checkpoint, const KernelTable& kernels, const ModelOptions& options, int64_t base_bytes,
-          int64_t table_bytes)
+  Planner(const PackedCheckpoint& checkpoint, const KernelTable& kernels, const ModelOptions& options,
+          int64_t base_bytes, int64_t table_bytes)
       : checkpoint_(checkpoint), kernels_(kernels), options_(options), base_(base_bytes), tables_(table_bytes) {
     const ModelConfig& config = checkpoint.config();
     if (options.context < 0 || options.context > config.max_positions) {
@@ -58,7 +58,8 @@ class Planner {
       fail(ErrorKind::kUsage, "prefill_tokens: expected at least 0, got ", options.prefill_tokens);
     }
     context_ = options.context > 0 ? options.context : std::min(config.max_positions, kDefaultContext);
-    threads_ = options.threads > 0 ? options.threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    threads_ =
+        options.threads > 0 ? options.threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   }
 
   MemoryPlan make() {
@@ -66,8 +67,8 @@ class Planner {
     limit_ = options_.budget_bytes > 0 ? options_.budget_bytes : INT64_MAX;
     const bool may_be_resident = options_.max_layers == 0 || options_.max_layers >= checkpoint_.config().layers;
     if (options_.back_end == BackEnd::kResident && !may_be_resident) {
-      fail(ErrorKind::kUsage, "the back end resident keeps all ", checkpoint_.config().layers, " layers in memory, which ",
-           "max_layers ", options_.max_layers, " forbids");
+      fail(ErrorKind::kUsage, "the back end resident keeps all ", checkpoint_.config().layers,
+           " layers in memory, which ", "max_layers ", options_.max_layers, " forbids");
     }
     if (options_.back_end.value_or(BackEnd::kResident) == BackEnd::kResident && may_be_resident) {
       for (const Sizes& sizes : kSizes) {
@@ -94,7 +95,8 @@ class Planner {
     sizes.prefill_tokens = std::min({wanted, context_, options_.prefill_tokens > 0 ? context_ : kMaxPrefillTokens});
     // A row tile is the least that can be read, whatever the limit.
     if (options_.max_layers > 0) {
-      sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layer_limit() / buffers() - kPageSlack));
+      sizes.max_unit_bytes = std::min(
+          sizes.max_unit_bytes, std::max<int64_t>(1, layer_limit() / options_.max_layers / buffers() - kPageSlack));
     }
     return sizes;
   }
@@ -150,20 +152,21 @@ class Planner {
     }
     const DecoderBytes decoder = Decoder::bytes(checkpoint_, kernels_, decoder_options(options_, plan));
     const ModelConfig& config = checkpoint_.config();
-    plan.lines = {{"process before", base_},
-                  {"names, norms, biases", tables_},
-                  {join("keys and values of ", context_, " tokens"),
-                   KeyValueCache::bytes(config, context_, options_.cache_type)},
-                  {join("activations of ", plan.prefill_tokens, " tokens"), decoder.activations},
-                  {"attention scores", decoder.attention},
-                  {"logits", 2 * config.vocabulary * static_cast<int64_t>(sizeof(float))},
-                  {"threads and reserve", (threads_ + kReaderThreads) * kThreadStackBytes + kReserveBytes}};
+    plan.lines = {
+        {"process before", base_},
+        {"names, norms, biases", tables_},
+        {join("keys and values of ", context_, " tokens"), KeyValueCache::bytes(config, context_, options_.cache_type)},
+        {join("activations of ", plan.prefill_tokens, " tokens"), decoder.activations},
+        {"attention scores", decoder.attention},
+        {"logits", 2 * config.vocabulary * static_cast<int64_t>(sizeof(float))},
+        {"threads and reserve", (threads_ + kReaderThreads) * kThreadStackBytes + kReserveBytes}};
     if (back_end == BackEnd::kResident) {
       plan.pinned_units = plan.unit_count;
       plan.streamed_bytes = 0;
       plan.lines.push_back({"weights, all", all});
     } else {
-      plan.lines.push_back({join("weights, ", buffers(), buffers() == 1 ? " buffer" : " buffers"), buffers() * largest});
+      plan.lines.push_back(
+          {join("weights, ", buffers(), buffers() == 1 ? " buffer" : " buffers"), buffers() * largest});
     }
     plan.total_bytes = sum(plan.lines);
     return plan;
@@ -180,21 +183,25 @@ class Planner {
       plan.streamed_bytes -= unit_bytes(unit);
       ++plan.pinned_units;
     }
-    if (plan.pinned_units > 0) plan.lines.push_back({join("weights, first ", plan.pinned_units, " units"), pinned_bytes});
+    if (plan.pinned_units > 0)
+      plan.lines.push_back({join("weights, first ", plan.pinned_units, " units"), pinned_bytes});
     plan.total_bytes = sum(plan.lines);
     return plan;
   }
 
   [[noreturn]] void refuse(const MemoryPlan& plan) const {
     std::string parts;
-    for (const PlanLine& line : plan.lines) parts += (parts.empty() ? "" : " + ") + line.name + " " + megabytes(line.bytes);
+    for (const PlanLine& line : plan.lines)
+      parts += (parts.empty() ? "" : " + ") + line.name + " " + megabytes(line.bytes);
     const ModelConfig& config = checkpoint_.config();
-    const int64_t token_bytes = KeyValueCache::bytes(config, kPositionsPerBlock, options_.cache_type) / kPositionsPerBlock;
-    throw Error(ErrorKind::kMemoryBudget,
-                join("a budget of ", megabytes(options_.budget_bytes), " cannot be met: the smallest plan for the back end ",
-                     back_end_name(plan.back_end), " needs ", megabytes(plan.total_bytes), ": ", parts,
-                     ". A context token costs ", (token_bytes + 1023) / 1024, " KiB"),
-                plan.total_bytes);
+    const int64_t token_bytes =
+        KeyValueCache::bytes(config, kPositionsPerBlock, options_.cache_type) / kPositionsPerBlock;
+    throw Error(
+        ErrorKind::kMemoryBudget,
+        join("a budget of ", megabytes(options_.budget_bytes), " cannot be met: the smallest plan for the back end ",
+             back_end_name(plan.back_end), " needs ", megabytes(plan.total_bytes), ": ", parts,
+             ". A context token costs ", (token_bytes + 1023) / 1024, " KiB"),
+        plan.total_bytes);
   }
 
   const PackedCheckpoint& checkpoint_;

@@ -1,5 +1,5 @@
-// Before anything large is allocated: what will be resident, line by line, and which back end, buffers and chunk sizes fit
-// into the declared budget.
+// Before anything large is allocated: what will be resident, line by line, and which back end, buffers and chunk sizes
+// fit into the declared budget.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ struct ModelOptions {
   CacheType cache_type = CacheType::kFloat16;
   int threads = 0;  // 0: one per processor
   bool prefetch = true;
-  int64_t max_layers = 0;      // weights of at most this many decoder layers in memory; 0: no limit
-  int64_t prefill_tokens = 0;  // 0: as many as fit, at most 512
+  int64_t max_layers = 0;         // weights of at most this many decoder layers in memory; 0: no limit
+  int64_t prefill_tokens = 0;     // 0: as many as fit, at most 512
   int interrupt_descriptor = -1;  // readable: stop
 };
 

@@ -17,7 +17,9 @@ constexpr double kDefaultNormEpsilon = 1e-6;
 constexpr int64_t kDefaultWindow = 4096;
 constexpr int64_t kDefaultMaxWindowLayers = 28;
 
-int64_t extent(const Json& config, const char* key, int64_t high = kMaxExtent) { return config.at(key).integer(1, high); }
+int64_t extent(const Json& config, const char* key, int64_t high = kMaxExtent) {
+  return config.at(key).integer(1, high);
+}
 
 int64_t extent_or(const Json& config, const char* key, int64_t fallback, int64_t high = kMaxExtent) {
   const Json* value = config.find(key);
@@ -95,9 +97,8 @@ std::vector<int64_t> attention_windows(const Json& config, const ModelConfig& mo
     // Left out means the default, null means none: Transformers tells them apart.
     bool is_given = false;
     for (const auto& [key, value] : config.object()) is_given = is_given || key == "sliding_window";
-    const int64_t window = is_given && config.find("sliding_window") == nullptr
-                               ? 0
-                               : extent_or(config, "sliding_window", kDefaultWindow);
+    const int64_t window =
+        is_given && config.find("sliding_window") == nullptr ? 0 : extent_or(config, "sliding_window", kDefaultWindow);
     windows.assign(windows.size(), window);
     return windows;
   }

@@ -19,7 +19,7 @@ struct PartSpec {
 };
 
 constexpr PartSpec kPartSpecs[kParts] = {
-    {"signs", "I32"},           {"scales", "F16"}, {"outlier_columns", "U16"}, {"outlier_scales", "F16"},
+    {"signs", "I32"},         {"scales", "F16"}, {"outlier_columns", "U16"}, {"outlier_scales", "F16"},
     {"column_scales", "F16"}, {"means", "F16"},  {"outlier_deltas", "I8"}};
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -85,12 +85,13 @@ PackedCheckpoint::PackedCheckpoint(const std::string& directory) : directory_(di
   json_ = Json::parse(read_text_file(config_path, kMaxJsonBytes), config_path);
   const Json* quantization = json_.find("quantization_config");
   if (quantization == nullptr) {
-    fail(ErrorKind::kCheckpoint, config_path, ": no quantization_config: this is not a packed checkpoint; make one with ",
-         "`loop-singular-bit compress`");
+    fail(ErrorKind::kCheckpoint, config_path,
+         ": no quantization_config: this is not a packed checkpoint; make one with ", "`loop-singular-bit compress`");
   }
   const Json& method = quantization->at("quant_method");
   if (method.string() != "loop_singular_bit") {
-    fail(ErrorKind::kCheckpoint, method.where(), ": expected \"loop_singular_bit\", got ", json_quoted(method.string()));
+    fail(ErrorKind::kCheckpoint, method.where(), ": expected \"loop_singular_bit\", got ",
+         json_quoted(method.string()));
   }
   const int64_t version = quantization->at("format_version").integer(INT64_MIN, INT64_MAX);
   if (version != kFormatVersion) {
@@ -158,9 +159,8 @@ void PackedCheckpoint::open_files(const std::string& directory) {
 }
 
 PackedCheckpoint::Located* PackedCheckpoint::find(const std::string& name) {
-  const auto found = std::lower_bound(tensors_.begin(), tensors_.end(), name, [](const Located& a, const std::string& b) {
-    return a.entry.name < b;
-  });
+  const auto found = std::lower_bound(tensors_.begin(), tensors_.end(), name,
+                                      [](const Located& a, const std::string& b) { return a.entry.name < b; });
   return found != tensors_.end() && found->entry.name == name ? &*found : nullptr;
 }
 
@@ -168,8 +168,8 @@ PackedCheckpoint::Located& PackedCheckpoint::take(const std::string& name, const
   Located* located = find(name);
   if (located == nullptr) fail(ErrorKind::kCheckpoint, directory_, ": tensor ", name, " is missing");
   if (located->entry.shape != shape) {
-    fail(ErrorKind::kCheckpoint, files_[located->file]->path(), ": tensor ", name, ": expected shape ", shape_text(shape),
-         ", got ", shape_text(located->entry.shape));
+    fail(ErrorKind::kCheckpoint, files_[located->file]->path(), ": tensor ", name, ": expected shape ",
+         shape_text(shape), ", got ", shape_text(located->entry.shape));
   }
   located->is_used = true;
   return *located;
@@ -194,7 +194,8 @@ std::vector<float> PackedCheckpoint::take_vector(const std::string& name, int64_
   }
   for (size_t i = 0; i < values.size(); ++i) {
     if (!(values[i] - values[i] == 0.0f)) {
-      fail(ErrorKind::kCheckpoint, file.path(), ": tensor ", name, ": expected finite values, got ", values[i], " at ", i);
+      fail(ErrorKind::kCheckpoint, file.path(), ": tensor ", name, ": expected finite values, got ", values[i], " at ",
+           i);
     }
   }
   return values;
@@ -224,8 +225,8 @@ void PackedCheckpoint::take_packed_parts(StoredMatrix& matrix, const Json& field
   matrix.is_packed = true;
   matrix.planes = fields.at("planes").integer(1, kMaxPlanes);
   matrix.outliers = fields.at("outliers").integer(0, matrix.in_features);
-  const bool is_present[kParts] = {true, true, true, true, fields.at("column_scales").boolean(),
-                                   fields.at("means").boolean(), true};
+  const bool is_present[kParts] = {
+      true, true, true, true, fields.at("column_scales").boolean(), fields.at("means").boolean(), true};
   for (int part = 0; part < kParts; ++part) {
     if (!is_present[part]) continue;
     const std::string name = matrix.name + "." + kPartSpecs[part].name;
@@ -252,8 +253,8 @@ int PackedCheckpoint::take_matrix(const std::string& name, int64_t out_features,
   } else {
     const Located& located = take(name + ".weight", {out_features, in_features});
     if (located.entry.dtype != "F32" && located.entry.dtype != "BF16" && located.entry.dtype != "F16") {
-      fail(ErrorKind::kCheckpoint, files_[located.file]->path(), ": tensor ", name, ".weight: expected F32, BF16 or F16, ",
-           "got ", located.entry.dtype);
+      fail(ErrorKind::kCheckpoint, files_[located.file]->path(), ": tensor ", name,
+           ".weight: expected F32, BF16 or F16, ", "got ", located.entry.dtype);
     }
     matrix.dense_type = located.entry.dtype == "F32"    ? ElementType::kFloat32
                         : located.entry.dtype == "BF16" ? ElementType::kBFloat16
@@ -309,8 +310,8 @@ void PackedCheckpoint::check_all_used() {
 int64_t PackedCheckpoint::vector_bytes() const {
   int64_t count = static_cast<int64_t>(final_norm_.size() + head_.bias.size());
   for (const StoredLayer& layer : layers_) {
-    count += static_cast<int64_t>(layer.attention_norm.size() + layer.feed_forward_norm.size() + layer.query_norm.size() +
-                                  layer.key_norm.size());
+    count += static_cast<int64_t>(layer.attention_norm.size() + layer.feed_forward_norm.size() +
+                                  layer.query_norm.size() + layer.key_norm.size());
     for (const StoredLinear* linear :
          {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down}) {
       count += static_cast<int64_t>(linear->bias.size());

@@ -1,5 +1,5 @@
-// A packed checkpoint on disk (docs/packed_format.md): its configuration, and where each weight of the decoder lies. Holds
-// no weights but the small vectors: norms and biases.
+// A packed checkpoint on disk (docs/packed_format.md): its configuration, and where each weight of the decoder lies.
+// Holds no weights but the small vectors: norms and biases.
 #pragma once
 
 #include <array>

@@ -15,8 +15,9 @@ constexpr size_t kMaxDimensions = 16;
 
 int64_t item_bytes(const Json& dtype) {
   static constexpr std::pair<std::string_view, int64_t> kSizes[] = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2}, {"F16", 2},
-      {"BF16", 2}, {"U32", 4}, {"I32", 4}, {"F32", 4},     {"U64", 8},     {"I64", 8},     {"F64", 8}, {"C64", 8}};
+      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+      {"U16", 2},  {"I16", 2}, {"F16", 2}, {"BF16", 2},    {"U32", 4},     {"I32", 4},
+      {"F32", 4},  {"U64", 8}, {"I64", 8}, {"F64", 8},     {"C64", 8}};
   for (const auto& [name, bytes] : kSizes) {
     if (name == dtype.string()) return bytes;
   }
@@ -35,7 +36,8 @@ TensorEntry parse_entry(const std::string& name, const Json& fields, int64_t dat
     }
   }
   const Json::Array& range = fields.at("data_offsets").array();
-  if (range.size() != 2) fail(ErrorKind::kCheckpoint, fields.where(), ": expected two data_offsets, got ", range.size());
+  if (range.size() != 2)
+    fail(ErrorKind::kCheckpoint, fields.where(), ": expected two data_offsets, got ", range.size());
   const int64_t begin = range[0].integer(0, data_bytes);
   const int64_t end = range[1].integer(begin, data_bytes);
   if (end - begin != entry.bytes) {

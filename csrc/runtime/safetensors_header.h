@@ -17,8 +17,8 @@ struct TensorEntry {
   int64_t bytes;
 };
 
-// Sorted by name. Throws Error(kCheckpoint) naming file and tensor: no safetensors file, sizes that contradict each other
-// or the file, tensors that overlap or leave holes.
+// Sorted by name. Throws Error(kCheckpoint) naming file and tensor: no safetensors file, sizes that contradict each
+// other or the file, tensors that overlap or leave holes.
 std::vector<TensorEntry> read_safetensors_header(const DataFile& file);
 
 }  // namespace loop_singular_bit::runtime

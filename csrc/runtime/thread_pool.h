@@ -17,17 +17,20 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls body(begin, end, thread) for ranges of at most `grain` that together are [0, count); returns when all are done.
-  // The calling thread takes part as thread 0. body must not throw.
+  // Calls body(begin, end, thread) for ranges of at most `grain` that together are [0, count); returns when all are
+  // done. The calling thread takes part as thread 0. body must not throw.
   template <typename Body>
   void for_each(int64_t count, int64_t grain, const Body& body) {
     if (count <= grain || workers_.empty()) {
       if (count > 0) body(int64_t{0}, count, 0);
       return;
     }
-    run(count, grain, [](const void* context, int64_t begin, int64_t end, int thread) {
-      (*static_cast<const Body*>(context))(begin, end, thread);
-    }, &body);
+    run(
+        count, grain,
+        [](const void* context, int64_t begin, int64_t end, int thread) {
+          (*static_cast<const Body*>(context))(begin, end, thread);
+        },
+        &body);
   }
 
  private:

@@ -55,8 +55,8 @@ void place_parts(WeightUnit& unit) {
   }
   for (const PageRange& range : ranges) {
     for (int64_t done = 0; done < range.bytes; done += kReadBytes) {
-      unit.reads.push_back({range.file, range.offset + done, std::min(kReadBytes, range.bytes - done),
-                            range.buffer_offset + done});
+      unit.reads.push_back(
+          {range.file, range.offset + done, std::min(kReadBytes, range.bytes - done), range.buffer_offset + done});
     }
   }
 }
@@ -89,7 +89,8 @@ void add_units(const StoredMatrix& matrix, int index, int64_t max_bytes, std::ve
 
 bool is_finite_half(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
 
-// One bit tells whether any half is infinite, NaN or (where that is wrong) negative; branch-free, so that it vectorizes.
+// One bit tells whether any half is infinite, NaN or (where that is wrong) negative; branch-free, so that it
+// vectorizes.
 bool are_halves_valid(const uint16_t* halves, int64_t count, bool allow_negative) {
   uint16_t invalid = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -130,7 +131,10 @@ int64_t unit_bytes(const WeightUnit& unit) {
 }
 
 WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<WeightUnit> units, StreamOptions options)
-    : checkpoint_(checkpoint), units_(std::move(units)), options_(std::move(options)), resident_(units_.size(), nullptr) {
+    : checkpoint_(checkpoint),
+      units_(std::move(units)),
+      options_(std::move(options)),
+      resident_(units_.size(), nullptr) {
   const int count = static_cast<int>(units_.size());
   pinned_units_ = options_.back_end == BackEnd::kResident
                       ? count
@@ -224,9 +228,9 @@ void WeightStream::check(int index, const std::byte* base) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = i / (per_tile * kRowsPerTile) * kRowsPerTile + i % kRowsPerTile;
       if (row >= view.rows || (is_finite_half(halves[i]) && (allow_negative || halves[i] <= 0x8000u))) continue;
-      fail(ErrorKind::kCheckpoint, checkpoint_.files()[unit.parts[kSigns].file]->path(), ": tensor ", matrix.name, ".", name,
-           ": expected finite values", allow_negative ? "" : " of at least 0", ", got the float16 bits ", halves[i],
-           " at row ", view.first_row + row);
+      fail(ErrorKind::kCheckpoint, checkpoint_.files()[unit.parts[kSigns].file]->path(), ": tensor ", matrix.name, ".",
+           name, ": expected finite values", allow_negative ? "" : " of at least 0", ", got the float16 bits ",
+           halves[i], " at row ", view.first_row + row);
     }
   };
   check_halves("scales", packed.scales, packed.planes, /*allow_negative=*/false);
@@ -243,8 +247,8 @@ void WeightStream::check(int index, const std::byte* base) const {
     const int64_t row = i / (packed.outliers * kRowsPerTile) * kRowsPerTile + i % kRowsPerTile;
     if (row >= view.rows || packed.outlier_columns[i] < packed.in_features) continue;
     fail(ErrorKind::kCheckpoint, checkpoint_.files()[unit.parts[kSigns].file]->path(), ": tensor ", matrix.name,
-         ".outlier_columns: expected columns below ", packed.in_features, ", got ", packed.outlier_columns[i], " at row ",
-         view.first_row + row);
+         ".outlier_columns: expected columns below ", packed.in_features, ", got ", packed.outlier_columns[i],
+         " at row ", view.first_row + row);
   }
 }
 
@@ -260,11 +264,12 @@ void WeightStream::read_range(int unit, const PageRange& range, std::byte* base)
   const int64_t bytes = std::min(range.bytes, page_ceiling(file.size()) - range.offset);
   if (madvise(const_cast<std::byte*>(address), bytes, MADV_POPULATE_READ) == 0) return;
   if (errno != EINVAL) {
-    fail(ErrorKind::kDisk, file.path(), ": reading ", bytes, " bytes at offset ", range.offset, " failed: ",
-         std::strerror(errno));
+    fail(ErrorKind::kDisk, file.path(), ": reading ", bytes, " bytes at offset ", range.offset,
+         " failed: ", std::strerror(errno));
   }
   // A kernel before 5.14: touch every page.
-  for (int64_t i = 0; i < bytes; i += kPageBytes) static_cast<void>(*static_cast<const volatile std::byte*>(address + i));
+  for (int64_t i = 0; i < bytes; i += kPageBytes)
+    static_cast<void>(*static_cast<const volatile std::byte*>(address + i));
 }
 
 void WeightStream::finish(int index, std::byte* base) const {
@@ -402,7 +407,8 @@ void WeightStream::release(int unit) {
     resident_[unit] = slot.base;
   } else if (uses_mapping(unit)) {
     for (const PageRange& range : units_[unit].reads) {
-      madvise(const_cast<std::byte*>(checkpoint_.files()[range.file]->map() + range.offset), range.bytes, MADV_DONTNEED);
+      madvise(const_cast<std::byte*>(checkpoint_.files()[range.file]->map() + range.offset), range.bytes,
+              MADV_DONTNEED);
     }
   }
   front_ = (front_ + 1) % slots_.size();

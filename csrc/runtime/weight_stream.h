@@ -1,8 +1,8 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
-// A unit is one linear, or some row tiles of it. Units at the start of the order may be pinned: they stay in memory after
-// their first use. The others pass through two fixed buffers (direct), or through the page cache with their pages dropped
-// after use (mmap). Threads of its own read ahead; every unit is checked before it is handed out.
+// A unit is one linear, or some row tiles of it. Units at the start of the order may be pinned: they stay in memory
+// after their first use. The others pass through two fixed buffers (direct), or through the page cache with their pages
+// dropped after use (mmap). Threads of its own read ahead; every unit is checked before it is handed out.
 #pragma once
 
 #include <condition_variable>
@@ -31,9 +31,10 @@ struct WeightUnit {
   int matrix;
   int64_t tile_begin;
   int64_t tile_end;
-  std::array<StoredTensor, kParts> parts;       // the slices of these tiles
-  std::array<int64_t, kParts> buffer_offsets;   // of the parts
-  std::array<int64_t, kParts> aligned_offsets;  // where a part must be copied for its elements to be aligned; -1: nowhere
+  std::array<StoredTensor, kParts> parts;      // the slices of these tiles
+  std::array<int64_t, kParts> buffer_offsets;  // of the parts
+  std::array<int64_t, kParts>
+      aligned_offsets;  // where a part must be copied for its elements to be aligned; -1: nowhere
   std::vector<PageRange> reads;
   int64_t buffer_bytes;
   bool needs_copy;  // some part is not aligned in the file

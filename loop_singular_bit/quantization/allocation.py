@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from loop_singular_bit.packed_weight import PackedLayout
+from loop_singular_bit.quantization.calibration import StatisticsStore
 from loop_singular_bit.quantization.presets import outlier_count
-from loop_singular_bit.quantization.quantize_calibrated import output_error, quantize_weight_calibrated
+from loop_singular_bit.quantization.quantize_calibrated import quantize_weight_calibrated
 
 CANDIDATE_PLANES = (1, 2, 3, 4)
 CANDIDATE_OUTLIER_FRACTIONS = (1 / 128,)
@@ -37,9 +39,9 @@ class Candidate:
 def allocate(candidates: Mapping[str, Sequence[Candidate]], target_bits: float) -> dict[str, tuple[int, int]]:
     """Planes and outliers per row of each linear with the least total loss for at most target_bits per weight.
 
-    Every linear's candidates are reduced to the lower convex hull of loss against bits; on hulls the best choice for one
-    price of a bit is found linear by linear, and the price is bisected (Shoham and Gersho 1988). What the last price
-    leaves over is spent on the steps that win most per bit.
+    Every linear's candidates are reduced to the lower convex hull of loss against bits; on hulls the best choice for
+    one price of a bit is found linear by linear, and the price is bisected (Shoham and Gersho 1988). What the last
+    price leaves over is spent on the steps that win most per bit.
 
     Raises:
         ValueError: no candidates, or target_bits is less than the smallest ones need.
@@ -52,7 +54,8 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], target_bits: float) 
     smallest = sum(hull[0].bits for hull in hulls.values())
     if smallest > budget:
         raise ValueError(
-            f"target_bits: {target_bits:g} bits per weight cannot be met, the smallest layouts need {smallest / weights:.3f}"
+            f"target_bits: {target_bits:g} bits per weight cannot be met, "
+            f"the smallest layouts need {smallest / weights:.3f}"
         )
     free, dear = 0.0, 1.0
     while _total_bits(hulls, chosen := _choose(hulls, dear)) > budget:
@@ -71,7 +74,7 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], target_bits: float) 
 def measure_candidates(
     model: nn.Module,
     weights: Mapping[str, torch.Tensor],
-    hessians: Mapping[str, torch.Tensor],
+    statistics: StatisticsStore,
     windows: torch.Tensor,
     *,
     planes: Sequence[int] = CANDIDATE_PLANES,
@@ -82,38 +85,51 @@ def measure_candidates(
 ) -> dict[str, list[Candidate]]:
     """Packs every linear in every way and estimates what each does to the model's loss.
 
-    The loss of a candidate is its squared output error, tr(E H E'), times how much the model minds an error there: the mean
-    squared gradient of the outputs with respect to the model's own predictions, measured on a few windows (the diagonal
-    of the Fisher information, one number for each linear).
+    The loss of a candidate is its squared output error, tr(E H E'), times how much the model minds an error there: the
+    mean squared gradient of -log p by the linear's outputs, p being what the model itself predicts, on a few windows
+    (the diagonal of the Fisher information, one number for each linear).
 
     Args:
         model: the original; takes `input_ids` and returns an object with `logits`.
         weights: by name of linear.
-        hessians: second moments of their inputs.
+        statistics: of their inputs.
         windows: int64 [windows, window], a few.
         rounds: of refinement; two are enough to compare.
         enlargement: count bits as if matrices had so many times the rows and columns.
         progress: called after each linear with how many are done and how many there are.
     """
-    sensitivities = _output_sensitivities(model, list(weights), windows)
+    with _one_thread():
+        sensitivities = _output_sensitivities(model, list(weights), windows)
     candidates: dict[str, list[Candidate]] = {}
     for name, weight in weights.items():
         rows, columns = weight.shape
-        signal = float(((weight.detach().float() @ hessians[name]) * weight.detach().float()).sum(dtype=torch.float64))
+        hessian = statistics[name].hessian
+        exact = weight.detach().float()
+        with _one_thread():
+            signal = float(((exact @ hessian) * exact).sum(dtype=torch.float64))
         candidates[name] = []
         for count in planes:
             for outliers in sorted({outlier_count(columns, fraction) for fraction in outlier_fractions}):
-                packed = quantize_weight_calibrated(
-                    weight, hessians[name], planes=count, outliers=outliers, rounds=rounds
-                ).packed_weight
+                calibrated = quantize_weight_calibrated(exact, hessian, planes=count, outliers=outliers, rounds=rounds)
                 layout = PackedLayout(rows * enlargement, columns * enlargement, count, outliers * enlargement)
-                loss = sensitivities[name] * signal * output_error(weight, packed, hessians[name]) ** 2
+                loss = sensitivities[name] * signal * calibrated.losses[-1]
                 candidates[name].append(
                     Candidate(count, outliers, 8 * layout.nbytes // enlargement**2, rows * columns, loss)
                 )
         if progress is not None:
             progress(len(candidates), len(weights))
     return candidates
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layouts must not depend on how many threads a sum of floats is split among."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _output_sensitivities(model: nn.Module, names: Sequence[str], windows: torch.Tensor) -> dict[str, float]:
@@ -137,7 +153,7 @@ def _output_sensitivities(model: nn.Module, names: Sequence[str], windows: torch
     model.eval().requires_grad_(False)
     handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     try:
-        embeddings = model.get_input_embeddings()
+        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         for window in windows:
             # Gradients start at the embedded tokens: parameters need none.
             inputs = embeddings(window[None]).detach().requires_grad_(True)
@@ -159,7 +175,7 @@ def _lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
     for candidate in sorted(candidates, key=lambda one: (one.bits, one.loss)):
         if hull and candidate.loss >= hull[-1].loss:
             continue
-        while len(hull) >= 2 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], candidate):
+        while len(hull) >= 2 and _gain(hull[-2], hull[-1]) < _gain(hull[-1], candidate):
             hull.pop()
         hull.append(candidate)
     if not hull:

@@ -1,7 +1,7 @@
 """What goes into a model's linears: second moments of their inputs over a text, decoder layer by decoder layer.
 
-The original model runs once. That inputs come from the original and not from the quantized layers before was measured to
-cost nothing; so linears do not depend on each other, and can be quantized in any order.
+The original model runs once. That inputs come from the original and not from the quantized layers before was measured
+to cost nothing; so linears do not depend on each other, and can be quantized in any order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InputStatistics:
 def calibration_windows(
     tokenizer: Any, texts: str | Iterable[str], *, window: int = DEFAULT_WINDOW, max_windows: int = DEFAULT_MAX_WINDOWS
 ) -> torch.Tensor:
-    """Texts as int64 [windows, window]: every window begins with the tokenizer's beginning-of-sequence token if it has one.
+    """Texts as int64 [windows, window]; each begins with the tokenizer's beginning-of-sequence token if it has one.
 
     Texts are tokenized on their own and cut without overlap; what is left over at the end of a text is dropped. Of more
     than max_windows windows that many are taken, evenly spread.
@@ -154,8 +154,8 @@ def collect_statistics(
 
     A model with a list of decoder layers that hand one tensor on runs layer by layer: the hidden states of all windows
     before a layer are kept, in memory up to activation_bytes and above that in a file, and one layer's matrices at a
-    time. Any other model runs as a whole. Windows run in parallel, each in one thread, and are summed in their order: the
-    number of threads changes nothing.
+    time. Any other model runs as a whole. Windows run in parallel, each in one thread, and are summed in their order:
+    the number of threads changes nothing.
 
     Args:
         model: takes `input_ids` [1, window]; its linears are `nn.Linear`.
@@ -242,7 +242,7 @@ class _Collector:
         return [leader for leader in self.groups if leader.startswith(layer + ".")]
 
     def _probe(self) -> tuple[dict[str, list[str]], list[_LayerCall] | None]:
-        """One window: which linears share an input, and how the decoder layers are called (None: not one after another)."""
+        """One window: which linears share an input, and how the layers are called (None: not one after another)."""
         seen: list[tuple[torch.Tensor, list[str]]] = []
         calls: list[_LayerCall] = []
         outputs: list[torch.Tensor] = []

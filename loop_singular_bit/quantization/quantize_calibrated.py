@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from loop_singular_bit import ops
 from loop_singular_bit.packed_weight import PackedWeight
-from loop_singular_bit.quantization.calibration import StatisticsStore
+from loop_singular_bit.quantization.calibration import (
+    DEFAULT_MAX_WINDOWS,
+    DEFAULT_WINDOW,
+    ProgressCallback,
+    StatisticsStore,
+    calibration_windows,
+    collect_statistics,
+)
 from loop_singular_bit.quantization.outlier_preserving_quantizer import OutlierPreservingQuantizer
 from loop_singular_bit.quantization.presets import DEFAULT_PRESET, Preset, find_preset, outlier_count
+from loop_singular_bit.quantization.quantize_model import QuantizationConfig, QuantizationReport, quantize_model
 from loop_singular_bit.quantization.quantize_weight import quantize_weight
 
 DEFAULT_ROUNDS = 5
@@ -82,19 +91,22 @@ def quantize_weight_calibrated(
     out_features, in_features = weight.shape
     count = outlier_count(in_features, chosen.outlier_fraction) if outliers is None else outliers
     scales = ops.fit_column_scales(weight) if chosen.column_scales else None
-    *packed, column_scales, losses, used_damping = ops.quantize_calibrated(
-        weight, hessian, chosen.planes if planes is None else planes, count, scales, rounds, damping
+    signs, row_scales, outlier_columns, outlier_deltas, outlier_scales, column_scales, losses, used = (
+        ops.quantize_calibrated(
+            weight, hessian, chosen.planes if planes is None else planes, count, scales, rounds, damping
+        )
     )
-    return CalibratedWeight(
-        PackedWeight(
-            *packed,
-            out_features=out_features,
-            in_features=in_features,
-            column_scales=column_scales if chosen.column_scales else None,
-        ),
-        tuple(losses.tolist()),
-        float(used_damping),
+    packed_weight = PackedWeight(
+        signs,
+        row_scales,
+        outlier_columns,
+        outlier_deltas,
+        outlier_scales,
+        out_features=out_features,
+        in_features=in_features,
+        column_scales=column_scales if chosen.column_scales else None,
     )
+    return CalibratedWeight(packed_weight, tuple(losses.tolist()), float(used))
 
 
 def output_error(weight: torch.Tensor, packed_weight: PackedWeight, hessian: torch.Tensor) -> float:
@@ -114,6 +126,7 @@ class CalibratedQuantizer(OutlierPreservingQuantizer):
         outlier_ratio: outliers over weights in a row, 0 to 1; None means the preset's.
         preset: name of a preset or a `Preset`.
         layouts: (planes, outliers per row) of linears that differ from the preset.
+        packed_weights: of linears that are packed already, and tuned; they are handed out as they are.
         rounds: of refinement.
         damping: share of the mean of the hessian's diagonal that is added to it.
         measure_before: also pack every weight without calibration, for `output_error_before`.
@@ -129,6 +142,7 @@ class CalibratedQuantizer(OutlierPreservingQuantizer):
         preset: str | Preset = DEFAULT_PRESET,
         *,
         layouts: Mapping[str, tuple[int, int]] | None = None,
+        packed_weights: Mapping[str, PackedWeight] | None = None,
         rounds: int = DEFAULT_ROUNDS,
         damping: float = DEFAULT_DAMPING,
         measure_before: bool = True,
@@ -139,6 +153,7 @@ class CalibratedQuantizer(OutlierPreservingQuantizer):
             raise ValueError(f"preset {self.preset.name!r} has means, which are not calibrated; take b1, b2, b3 or b4")
         self.statistics = statistics
         self.layouts = dict(layouts or {})
+        self.packed_weights = dict(packed_weights or {})
         self.rounds = rounds
         self.damping = damping
         self.measure_before = measure_before
@@ -163,15 +178,18 @@ class CalibratedQuantizer(OutlierPreservingQuantizer):
             self._remember(name, packed, None, None, None, 0)
             return packed
         statistics = self.statistics[module]
-        calibrated = quantize_weight_calibrated(
-            weight,
-            statistics.hessian,
-            self.preset,
-            planes=planes,
-            outliers=outliers,
-            rounds=self.rounds,
-            damping=self.damping,
-        )
+        if module in self.packed_weights:
+            calibrated = CalibratedWeight(self.packed_weights[module], (), self.damping)
+        else:
+            calibrated = quantize_weight_calibrated(
+                weight,
+                statistics.hessian,
+                self.preset,
+                planes=planes,
+                outliers=outliers,
+                rounds=self.rounds,
+                damping=self.damping,
+            )
         before: float | None = None
         if self.measure_before:
             plain = quantize_weight(weight, self.preset, planes=planes, outlier_fraction=outliers / weight.shape[1])
@@ -206,3 +224,42 @@ class CalibratedQuantizer(OutlierPreservingQuantizer):
             name, packed.planes, packed.outliers, packed.bits_per_weight, before, after, damping, tokens
         )
         self.linears.append(figures)
+
+
+def quantize_model_calibrated(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: str | Iterable[str],
+    config: QuantizationConfig | None = None,
+    *,
+    window: int = DEFAULT_WINDOW,
+    max_windows: int = DEFAULT_MAX_WINDOWS,
+    rounds: int = DEFAULT_ROUNDS,
+    damping: float = DEFAULT_DAMPING,
+    progress: ProgressCallback | None = None,
+) -> tuple[QuantizationReport, list[CalibratedLinear]]:
+    """Swaps the linears and embeddings inside a model for packed ones, in place, as `quantize_model` does.
+
+    The linears are packed for the least error of their outputs on the texts; embeddings and heads as without texts.
+
+    Args:
+        model: takes `input_ids` [1, window].
+        tokenizer: a Transformers tokenizer.
+        texts: of the kind the model will see; 16 to 64 thousand tokens are enough.
+        config: see `quantize_model`.
+        window, max_windows: see `calibration_windows`.
+        rounds, damping: see `ops.quantize_calibrated`.
+        progress: called after each decoder layer of the pass over the texts.
+
+    Returns:
+        The report of `quantize_model`, and of each linear its output errors with and without calibration.
+
+    Raises:
+        ValueError: the texts are too short, the preset has means, or see `quantize_model`.
+    """
+    config = config or QuantizationConfig()
+    windows = calibration_windows(tokenizer, texts, window=window, max_windows=max_windows)
+    statistics = collect_statistics(model, windows, progress=progress)
+    quantizer = CalibratedQuantizer(statistics, config.outlier_fraction, config.preset, rounds=rounds, damping=damping)
+    report = quantize_model(model, replace(config, quantizer=quantizer))
+    return report, quantizer.linears

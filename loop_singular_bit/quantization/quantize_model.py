@@ -13,6 +13,7 @@ from loop_singular_bit import ops
 from loop_singular_bit.packed_linear import PackedEmbedding, PackedLinear
 from loop_singular_bit.packed_weight import PackedWeight
 from loop_singular_bit.quantization.eligibility import MIN_FEATURES, embedding_skip_reason, linear_skip_reason
+from loop_singular_bit.quantization.outlier_preserving_quantizer import OutlierPreservingQuantizer
 from loop_singular_bit.quantization.presets import DEFAULT_PRESET, Preset, check_calibration, find_preset
 from loop_singular_bit.quantization.quantize_weight import quantize_embedding_weight, quantize_weight
 from loop_singular_bit.quantization.weight_errors import measure_weight_errors
@@ -30,6 +31,7 @@ class QuantizationConfig:
         quantize_embeddings: also pack embeddings and output heads, at the preset's embedding_planes.
         activation_precision: of the packed linears: "int8", "int16" or "exact"; see `ops.packed_linear`.
         force: allow presets that make models unusable without calibration.
+        quantizer: packs the linears, not embeddings and heads, instead of preset and outlier_fraction.
     """
 
     preset: str | Preset = DEFAULT_PRESET
@@ -38,6 +40,7 @@ class QuantizationConfig:
     quantize_embeddings: bool = True
     activation_precision: str = "int8"
     force: bool = False
+    quantizer: OutlierPreservingQuantizer | None = None
 
     def __post_init__(self) -> None:
         find_preset(self.preset)
@@ -167,7 +170,8 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
             f"model: expected a module with linears inside, got a bare {type(model).__name__}, which cannot be swapped "
             "in place; use quantize_linear or PackedEmbedding.from_embedding"
         )
-    check_calibration(config.preset, force=config.force, stacklevel=3)
+    if config.quantizer is None or config.quantizer.calibration == "none":
+        check_calibration(config.preset, force=config.force, stacklevel=3)
     report = _ModelQuantizer(model, config).run()
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(model, modeling.PreTrainedModel):
@@ -262,9 +266,13 @@ class _ModelQuantizer:
         owner_name, owner = self.owners.get(id(weight), (None, None))
         is_embedding = isinstance(module, nn.Embedding)
         if owner is None:
-            quantize = quantize_embedding_weight if is_embedding or id(module) in self.head_ids else quantize_weight
+            is_linear = not is_embedding and id(module) not in self.head_ids
+            quantize = quantize_weight if is_linear else quantize_embedding_weight
             try:
-                packed_weight = quantize(weight, self.preset, outlier_fraction=self.config.outlier_fraction)
+                if is_linear and self.config.quantizer is not None:
+                    packed_weight = self.config.quantizer.quantize_weight(weight, name)
+                else:
+                    packed_weight = quantize(weight, self.preset, outlier_fraction=self.config.outlier_fraction)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         else:

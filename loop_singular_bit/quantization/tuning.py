@@ -1,12 +1,14 @@
 """Tuning packed weights by KL to the original: scales and outliers, which change no bit, or signs as well.
 
 Errors of single layers are not what counts: what a model says is. Scales alone are a thousandth of the parameters and
-win back a third of the KL divergence at one bit. Gains of norms need no tuning: column scales do the same for each linear.
+win back a third of the KL divergence at one bit. Gains of norms need no tuning: column scales do the same for each
+linear.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -96,8 +98,9 @@ def tune(
 ) -> TuningResult:
     """Trains packed weights to make the model say what the original says.
 
-    Minimizes KL(original || packed) at every token by AdamW. The original is not changed; beside it there are the signs,
-    a byte for each, the parameters with two moments each, and one dense weight at a time.
+    Minimizes KL(original || packed) at every token by AdamW. The original is not changed; beside it there are the
+    signs, a byte for each, the parameters with two moments each, and one dense weight at a time. Runs with the same
+    number of threads on the same kind of machine give the same bytes.
 
     Args:
         model: the original; takes `input_ids` [batch, window] and returns an object with `logits`.
@@ -243,7 +246,9 @@ class _TunableLinear(nn.Module):
 
     def _levels(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels [2^planes, rows] and their signs [2^planes, planes]."""
-        patterns = torch.tensor([[number >> plane & 1 for plane in range(self.planes)] for number in range(2**self.planes)])
+        patterns = torch.tensor(
+            [[number >> plane & 1 for plane in range(self.planes)] for number in range(2**self.planes)]
+        )
         return (2.0 * patterns - 1) @ self.tuned_scales(), patterns.bool()
 
     def _nearest_signs(self, values: torch.Tensor) -> torch.Tensor:
@@ -257,7 +262,7 @@ class _TunableLinear(nn.Module):
         return patterns[number].permute(2, 0, 1)
 
     def _latent(self, weight: torch.Tensor) -> torch.Tensor:
-        """The dense weight where it lies nearest to the present level already, else a little inside of that level's cell."""
+        """The dense weight where its nearest level is the present one, else a little inside of that level's cell."""
         present = torch.zeros(self.rows, self.columns)
         for sign, scale in zip(self.signs, self.scales, strict=True):
             present += torch.where(sign, scale[:, None], -scale[:, None])
@@ -266,7 +271,7 @@ class _TunableLinear(nn.Module):
         margin = 0.02 * self.unit[:, None]
         low = torch.full_like(present, -math.inf)
         high = torch.full_like(present, math.inf)
-        for below, above in zip(levels[:-1], levels[1:], strict=True):
+        for below, above in itertools.pairwise(levels):
             middle = ((below + above) / 2)[:, None]
             low = torch.where(present > middle, torch.maximum(low, middle + margin), low)
             high = torch.where(present <= middle, torch.minimum(high, middle - margin), high)
@@ -301,9 +306,7 @@ class _TunedProduct(torch.autograd.Function):
         grad_input = grad_output @ (values * columns).to(grad_output.dtype)
         grad_weight = grad_output.reshape(-1, linear.rows).T @ input.reshape(-1, linear.columns)
         grad_weight = grad_weight.float()
-        grad_columns = (
-            None if linear.column_change is None else (grad_weight * values).sum(0) * linear.column_scales
-        )
+        grad_columns = None if linear.column_change is None else (grad_weight * values).sum(0) * linear.column_scales
         grad_values = grad_weight * columns
         grad_scales = torch.stack([torch.where(sign, grad_values, -grad_values).sum(1) for sign in signs])
         grad_outliers = grad_values.gather(1, linear.outlier_columns) * linear.unit[:, None] * linear.is_outlier

@@ -16,7 +16,7 @@ from loop_singular_bit.quantization.calibration import collect_statistics
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tiny_models import VOCABULARY, tiny_language_model  # noqa: E402
+from tiny_models import VOCABULARY, tiny_language_model
 
 WEIGHTS = 100
 
@@ -82,7 +82,7 @@ def test_measures_what_the_model_minds() -> None:
     candidates = measure_candidates(
         model,
         {name: model.get_submodule(name).weight for name in names},
-        {name: store[name].hessian for name in names},
+        store,
         windows[:2],
         planes=(1, 2, 3),
     )

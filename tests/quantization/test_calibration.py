@@ -20,7 +20,7 @@ from loop_singular_bit.quantization.calibration import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tiny_models import VOCABULARY, tiny_language_model  # noqa: E402
+from tiny_models import VOCABULARY, tiny_language_model
 
 
 class Words:

@@ -16,8 +16,9 @@ from loop_singular_bit.quantization.tuning import TuningOptions, TuningProgress,
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tiny_models import VOCABULARY, tiny_language_model  # noqa: E402
+from tiny_models import VOCABULARY, tiny_language_model
 
+MANY_WINDOWS = torch.randint(VOCABULARY, (96, 24), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.randint(VOCABULARY, (16, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -47,10 +48,10 @@ def test_lowers_the_divergence_on_windows_it_has_not_seen(
     model: torch.nn.Module, packed: dict[str, PackedWeight], signs: bool
 ) -> None:
     seen: list[TuningProgress] = []
-    options = TuningOptions(signs=signs, steps=25, learning_rate=1e-2)
-    result = tune(model, packed, WINDOWS, options, progress=seen.append)
+    options = TuningOptions(signs=signs, steps=25, learning_rate=4e-3, sign_learning_rate=4e-3)
+    result = tune(model, packed, MANY_WINDOWS, options, progress=seen.append)
     assert result.kept
-    assert result.kl_after < 0.97 * result.kl_before
+    assert result.kl_after < 0.99 * result.kl_before
     assert [step.step for step in seen] == list(range(1, 26))
     assert (result.changed_signs > 0) == signs
     for name, weight in result.packed_weights.items():
@@ -65,7 +66,9 @@ def test_lowers_the_divergence_on_windows_it_has_not_seen(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_starts_from_the_packed_weight_and_gives_it_back(model: torch.nn.Module, packed: dict[str, PackedWeight]) -> None:
+def test_starts_from_the_packed_weight_and_gives_it_back(
+    model: torch.nn.Module, packed: dict[str, PackedWeight]
+) -> None:
     for name, weight in packed.items():
         linear = model.get_submodule(name)
         for signs in (False, True):
@@ -91,11 +94,13 @@ def test_gradients_are_those_of_the_weight(model: torch.nn.Module, packed: dict[
         values = []
         for step in (1e-2, -1e-2):
             parameter.data.add_(step * direction)
-            values.append(float(((tunable(inputs) - target) ** 2).sum().double()))
+            values.append(((tunable(inputs) - target) ** 2).sum().item())
             parameter.data.sub_(step * direction)
         slope = float((parameter.grad * direction).sum())
         assert slope == pytest.approx((values[0] - values[1]) / 2e-2, rel=2e-2, abs=1e-2)
-    assert torch.allclose(inputs.grad, 2 * (tunable(inputs) - target).detach() @ weight.dequantize(), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(
+        inputs.grad, 2 * (tunable(inputs) - target).detach() @ weight.dequantize(), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_resumes_to_the_same_bytes(model: torch.nn.Module, packed: dict[str, PackedWeight], tmp_path: Path) -> None:

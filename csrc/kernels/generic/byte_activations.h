@@ -9,9 +9,6 @@ namespace loop_singular_bit {
 namespace {
 namespace byte_linear {
 
-// Codes of a token are padded to whole words and as much again, for stores of a whole Bytes64.
-inline int64_t code_bytes(int64_t words) { return words * kColumnsPerWord + kColumnsPerWord; }
-
 inline float total_of_lanes(F32x16 v) {
   float lanes[kLanes], sum = 0.0f;
   store(lanes, v);
@@ -41,28 +38,34 @@ inline F32x16 load_scaled(const PackedWeightView& weight, const LinearInput& inp
   return mul(value, load_up_to_sixteen<ElementType::kFloat16>(weight.column_scales, k, count));
 }
 
+constexpr int64_t kGroupVectors = kExactGroups / kLanes;
+
 struct ColumnStatistics {
   float sum;
-  float largest;  // magnitude
+  F32x16 group_max[kGroupVectors];  // of the magnitudes; column k belongs to group k % 64
 };
 
 // columns[0 .. in_features) and zeros up to the next multiple of 64; nullptr: statistics only.
 template <ElementType kType>
 inline ColumnStatistics scale_columns(const PackedWeightView& weight, const LinearInput& input, int64_t token,
                                       float* columns) {
-  constexpr int64_t kVectors = 4;
-  F32x16 sum[kVectors], largest[kVectors];
-  for (int64_t i = 0; i < kVectors; ++i) sum[i] = largest[i] = splat(0.0f);
-  for (int64_t k = 0; k < weight.in_features; k += kVectors * kLanes) {
-    for (int64_t i = 0; i < kVectors; ++i) {
+  ColumnStatistics statistics;
+  F32x16 sum[kGroupVectors];
+  for (int64_t i = 0; i < kGroupVectors; ++i) statistics.group_max[i] = sum[i] = splat(0.0f);
+  for (int64_t k = 0; k < weight.in_features; k += kExactGroups) {
+    for (int64_t i = 0; i < kGroupVectors; ++i) {
       const F32x16 value = load_scaled<kType>(weight, input, token, k + i * kLanes);
       if (columns != nullptr) store(columns + k + i * kLanes, value);
       sum[i] = add(sum[i], value);
-      largest[i] = max(magnitude(value), largest[i]);
+      statistics.group_max[i] = max(magnitude(value), statistics.group_max[i]);
     }
   }
-  return {total_of_lanes(add(add(sum[0], sum[1]), add(sum[2], sum[3]))),
-          largest_of_lanes(max(max(largest[0], largest[1]), max(largest[2], largest[3])))};
+  statistics.sum = total_of_lanes(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  return statistics;
+}
+
+inline float largest_of(const F32x16 magnitudes[kGroupVectors]) {
+  return largest_of_lanes(max(max(magnitudes[0], magnitudes[1]), max(magnitudes[2], magnitudes[3])));
 }
 
 inline ColumnStatistics scale_columns(const PackedWeightView& weight, const LinearInput& input, int64_t token,
@@ -77,42 +80,68 @@ inline ColumnStatistics scale_columns(const PackedWeightView& weight, const Line
   }
 }
 
-// One word's codes in natural order. `low` is for the lower halves of 16-bit codes. The last sixteen only exist so that
-// whole vectors can be read from any multiple of eight.
-struct NaturalCodes {
-  alignas(64) int8_t high[48] = {};
-  alignas(64) int8_t low[48] = {};
-};
-
-// Rounds to nearest even, 0 .. 15 and 16 .. 31 being the two vectors. Returns the sum, or the two sums.
-struct CodeSums {
-  int32_t high, low;
-};
-
-template <bool kIsInt16>
-inline CodeSums encode(F32x16 first, F32x16 second, float inverse_scale, NaturalCodes* codes) {
-  first = mul(first, splat(inverse_scale));
-  second = mul(second, splat(inverse_scale));
-  if (kIsInt16) {
-    store_rounded_halves(codes->high, codes->low, first);
-    store_rounded_halves(codes->high + kLanes, codes->low + kLanes, second);
-  } else {
-    store_rounded_int8(codes->high, first);
-    store_rounded_int8(codes->high + kLanes, second);
+// Bit i of the result: lane i % 16 of vector i / 16 is at least the threshold.
+inline uint64_t at_least(const F32x16 vectors[kGroupVectors], F32x16 threshold) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < kGroupVectors; ++i) {
+    bits |= static_cast<uint64_t>(mask_bits(greater_equal(vectors[i], threshold))) << (i * kLanes);
   }
-  CodeSums sums = {0, 0};
-  for (int64_t i = 0; i < kColumnsPerWord; ++i) {
-    sums.high += codes->high[i];
-    if (kIsInt16) sums.low += codes->low[i];
+  return bits;
+}
+
+// As select_exact_columns() of generic/activations.h, 64 columns at a time.
+inline float select_exact_columns(const ColumnStatistics& statistics, int64_t in_features,
+                                  DecodeActivations* activations) {
+  float group_max[kExactGroups];
+  for (int64_t i = 0; i < kGroupVectors; ++i) store(group_max + i * kLanes, statistics.group_max[i]);
+  float threshold = 0.0f;
+  for (float candidate : group_max) {
+    if (candidate <= threshold) continue;
+    const uint64_t reached = at_least(statistics.group_max, splat(candidate));
+    if (__builtin_popcountll(reached) >= kExactColumns) threshold = candidate;
   }
-  return sums;
+  const F32x16 thresholds = splat(threshold);
+  ExactSelection selection = {0, 0.0f};
+  F32x16 below[kGroupVectors];
+  for (F32x16& v : below) v = splat(0.0f);
+  activations->exact_count = 0;
+  const float* columns = activations->columns;
+  for (int64_t block = 0; block < in_features; block += kExactGroups) {
+    F32x16 magnitudes[kGroupVectors];
+    for (int64_t i = 0; i < kGroupVectors; ++i) {
+      magnitudes[i] = magnitude(load(columns + block + i * kLanes));
+      below[i] = max(keep(greater(thresholds, magnitudes[i]), magnitudes[i]), below[i]);
+    }
+    for (uint64_t bits = at_least(magnitudes, thresholds); bits != 0; bits &= bits - 1) {
+      const int64_t k = block + __builtin_ctzll(bits);
+      offer_exact_column(k, columns[k], &selection, activations);
+    }
+  }
+  const float below_max = largest_of(below);
+  return below_max > selection.rest_max ? below_max : selection.rest_max;
 }
 
 // A sign word masked with 1 << b, b = 0..7, leaves one bit in each of its four bytes: the columns b, 8 + b, 16 + b and
-// 24 + b. So the codes of a word are kept as eight groups of four: grouped[4 * b + i] is column 8 * i + b.
-// Writes 64 bytes, of which the first 32 count.
-inline void store_grouped(int8_t* grouped, const int8_t* natural) {
-  store_bytes(grouped, interleave_bytes(natural, natural + 8, natural + 16, natural + 24));
+// 24 + b. So the codes of a word are kept as eight groups of four.
+//
+// Quantizes one word of columns, in order: codes[0], or the high halves of 16-bit codes and codes[1] the low ones.
+struct WordCodes {
+  Int8x16 first[2], second[2];  // columns 0..15 and 16..31
+};
+
+template <int kHalves>
+inline WordCodes encode(F32x16 first, F32x16 second, F32x16 inverse_scale) {
+  WordCodes codes;
+  first = mul(first, inverse_scale);
+  second = mul(second, inverse_scale);
+  if constexpr (kHalves == 2) {
+    round_to_halves(first, &codes.first[0], &codes.first[1]);
+    round_to_halves(second, &codes.second[0], &codes.second[1]);
+  } else {
+    codes.first[0] = round_to_int8(first);
+    codes.second[0] = round_to_int8(second);
+  }
+  return codes;
 }
 
 }  // namespace byte_linear

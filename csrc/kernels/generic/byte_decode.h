@@ -200,7 +200,8 @@ inline RowSums linear_tile(const PackedWeightView& weight, const DecodeActivatio
       }
     } else if (activations.precision == ActivationPrecision::kInt16) {
       const RowSums high = sum_signed_codes(signs, codes, weight.words, activations.high_code_sum);
-      const RowSums low = sum_signed_codes(signs, codes + code_bytes(weight.words), weight.words, activations.code_sum);
+      const RowSums low =
+          sum_signed_codes(signs, codes + weight.words * kColumnsPerWord, weight.words, activations.code_sum);
       for (int64_t half = 0; half < 2; ++half) {
         sums.half[half] = mul(code_scale, fused_multiply_add(splat(256.0f), high.half[half], low.half[half]));
       }
@@ -239,25 +240,30 @@ inline void gemv(const PackedWeightView& weight, const DecodeActivations* const*
   }
 }
 
+// Codes behind a DecodeActivations: grouped by bit; for kInt16 the high halves, then the low.
 inline int64_t decode_activation_bytes(int64_t in_features, ActivationPrecision precision) {
   const int64_t words = (in_features + kColumnsPerWord - 1) / kColumnsPerWord;
   const int64_t halves = precision == ActivationPrecision::kInt16 ? 2 : 1;
-  return static_cast<int64_t>(sizeof(DecodeActivations)) + halves * code_bytes(words);
+  return static_cast<int64_t>(sizeof(DecodeActivations)) + halves * words * kColumnsPerWord;
 }
 
-template <bool kIsInt16>
+template <int kHalves>
 inline void encode_columns(const PackedWeightView& weight, float inverse_scale, DecodeActivations* activations) {
+  const F32x16 inverse_scales = splat(inverse_scale);
   int8_t* codes = reinterpret_cast<int8_t*>(activations + 1);
-  NaturalCodes natural;
-  activations->code_sum = activations->high_code_sum = 0;
+  Int32x4 sums[kHalves];
+  for (Int32x4& sum : sums) sum = zero_sums();
   for (int64_t word = 0; word < weight.words; ++word, codes += kColumnsPerWord) {
     const float* columns = activations->columns + word * kColumnsPerWord;
-    const CodeSums sums = encode<kIsInt16>(load(columns), load(columns + kLanes), inverse_scale, &natural);
-    store_grouped(codes, natural.high);
-    activations->high_code_sum += sums.high;
-    activations->code_sum += kIsInt16 ? sums.low : sums.high;
-    if (kIsInt16) store_grouped(codes + code_bytes(weight.words), natural.low);
+    const WordCodes natural = encode<kHalves>(load(columns), load(columns + kLanes), inverse_scales);
+    for (int half = 0; half < kHalves; ++half) {
+      const Codes32 grouped = group_by_bit(natural.first[half], natural.second[half]);
+      sums[half] = add_codes(sums[half], grouped);
+      store_codes(codes + half * weight.words * kColumnsPerWord, grouped);
+    }
   }
+  activations->high_code_sum = total(sums[0]);
+  activations->code_sum = total(sums[kHalves - 1]);
 }
 
 inline void prepare_decode(const PackedWeightView& weight, const LinearInput& input, int64_t token,
@@ -270,14 +276,15 @@ inline void prepare_decode(const PackedWeightView& weight, const LinearInput& in
   activations->exact_count = 0;
   if (precision == ActivationPrecision::kExact) return;
   if (precision == ActivationPrecision::kInt16) {
-    const CodeScale scale = code_scale(statistics.largest, statistics.sum, precision);
+    const CodeScale scale = code_scale(largest_of(statistics.group_max), statistics.sum, precision);
     activations->code_scale = scale.scale;
-    return encode_columns<true>(weight, scale.inverse, activations);
+    return encode_columns<2>(weight, scale.inverse, activations);
   }
-  const CodeScale scale = code_scale(select_exact_columns(weight.in_features, activations), statistics.sum, precision);
+  const float largest = select_exact_columns(statistics, weight.in_features, activations);
+  const CodeScale scale = code_scale(largest, statistics.sum, precision);
   activations->code_scale = scale.scale;
   for (int32_t i = 0; i < activations->exact_count; ++i) columns[activations->exact_columns[i]] = 0.0f;
-  encode_columns<false>(weight, scale.inverse, activations);
+  encode_columns<1>(weight, scale.inverse, activations);
   for (int32_t i = 0; i < activations->exact_count; ++i) {
     columns[activations->exact_columns[i]] = activations->exact_values[i];
   }

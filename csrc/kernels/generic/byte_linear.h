@@ -8,9 +8,16 @@ namespace loop_singular_bit {
 namespace {
 namespace byte_linear {
 
-// Expanding a tile costs about as much as two passes of decode over it.
-inline int64_t decode_token_limit(const PackedWeightView&, ActivationPrecision precision) {
-  return precision == ActivationPrecision::kExact ? 1 : 3;
+// Expanding a tile costs as much as decoding two to three tokens of one plane.
+inline int64_t decode_token_limit(const PackedWeightView& weight, ActivationPrecision precision) {
+  switch (precision) {
+    case ActivationPrecision::kInt8:
+      return weight.planes == 1 ? 4 : 2;
+    case ActivationPrecision::kInt16:
+      return weight.planes == 1 ? 2 : 1;
+    default:
+      return 2;
+  }
 }
 
 // The codes of so many tokens take about half of a 1 MiB L2; a tile's levels take another 128 KiB at 4096 columns.

@@ -35,7 +35,7 @@ class UnitLayout {
       : halves_(precision == ActivationPrecision::kInt16 ? 2 : 1),
         is_exact_(precision == ActivationPrecision::kExact),
         padded_columns_(round_up(weight.in_features, 64)),
-        code_stride_(align(code_bytes(weight.words))) {}
+        code_stride_(weight.words * kColumnsPerWord + kActivationAlignment) {}
 
   int halves() const { return halves_; }
 
@@ -51,6 +51,7 @@ class UnitLayout {
   }
 
   // The codes of one token, grouped by bit.
+  // Not a multiple of 4096 apart for most weights: tokens of a block would evict each other from L1.
   int8_t* codes(void* unit, int half, int64_t token) const {
     return reinterpret_cast<int8_t*>(unit) + header_bytes() + (half * kUnitTokens + token) * code_stride_;
   }
@@ -73,15 +74,20 @@ inline int64_t prefill_activation_bytes(const PackedWeightView& weight, int64_t 
   return (tokens + kUnitTokens - 1) / kUnitTokens * UnitLayout(weight, precision).unit_bytes();
 }
 
-// One word of sixteen tokens: target[column * 16 + token].
-inline void store_token_lanes(int8_t* target, const NaturalCodes* natural, bool is_low) {
+// One word of sixteen tokens, in order: [token][column].
+struct UnitCodes {
+  alignas(kActivationAlignment) int8_t codes[kUnitTokens][kColumnsPerWord] = {};
+};
+
+// target[column * 16 + token]
+inline void store_token_lanes(int8_t* target, const UnitCodes& natural) {
   const Bytes64 offset = splat_byte(kLeftBytesAreSigned ? 0 : 128);
   for (int64_t first = 0; first < kColumnsPerWord; first += kLanes) {
     for (int64_t token = 0; token < kUnitTokens; token += 4) {
-      const int8_t* rows[4];
-      for (int i = 0; i < 4; ++i) rows[i] = (is_low ? natural[token + i].low : natural[token + i].high) + first;
-      alignas(64) int8_t quads[64];
-      store_bytes(quads, bytes_add(interleave_bytes(rows[0], rows[1], rows[2], rows[3]), offset));
+      alignas(kActivationAlignment) int8_t quads[64];
+      const int8_t(*rows)[kColumnsPerWord] = natural.codes + token;
+      store_bytes(quads, bytes_add(interleave_bytes(rows[0] + first, rows[1] + first, rows[2] + first, rows[3] + first),
+                                   offset));
       for (int64_t k = 0; k < kLanes; ++k) {
         __builtin_memcpy(target + (first + k) * kUnitTokens + token, quads + 4 * k, 4);
       }
@@ -89,34 +95,42 @@ inline void store_token_lanes(int8_t* target, const NaturalCodes* natural, bool 
   }
 }
 
-template <ElementType kType, bool kIsInt16>
+template <ElementType kType, int kHalves>
 inline void prepare_codes(const PackedWeightView& weight, const LinearInput& input, int64_t first_token, int64_t tokens,
                           const UnitLayout& layout, void* memory) {
   PrefillUnit* unit = static_cast<PrefillUnit*>(memory);
-  float inverse[kUnitTokens] = {};
-  for (int64_t t = 0; t < kUnitTokens; ++t) unit->code_sums[0][t] = unit->code_sums[1][t] = 0;
+  F32x16 inverse_scales[kUnitTokens];
+  Int32x4 sums[kHalves][kUnitTokens];
   for (int64_t t = 0; t < tokens; ++t) {
     const ColumnStatistics statistics = scale_columns<kType>(weight, input, first_token + t, nullptr);
-    const CodeScale scale = code_scale(statistics.largest, statistics.sum,
-                                       kIsInt16 ? ActivationPrecision::kInt16 : ActivationPrecision::kInt8);
+    const CodeScale scale = code_scale(largest_of(statistics.group_max), statistics.sum,
+                                       kHalves == 2 ? ActivationPrecision::kInt16 : ActivationPrecision::kInt8);
     unit->sums[t] = statistics.sum;
     unit->code_scales[t] = scale.scale;
-    inverse[t] = scale.inverse;
+    inverse_scales[t] = splat(scale.inverse);
+    for (auto& of_half : sums) of_half[t] = zero_sums();
   }
-  NaturalCodes natural[kUnitTokens];
+  UnitCodes natural[kHalves];
   for (int64_t word = 0; word < weight.words; ++word) {
     const int64_t k = word * kColumnsPerWord;
     for (int64_t t = 0; t < tokens; ++t) {
-      const CodeSums sums =
-          encode<kIsInt16>(load_scaled<kType>(weight, input, first_token + t, k),
-                           load_scaled<kType>(weight, input, first_token + t, k + kLanes), inverse[t], &natural[t]);
-      unit->code_sums[0][t] += sums.high;
-      unit->code_sums[1][t] += sums.low;
-      store_grouped(layout.codes(memory, 0, t) + k, natural[t].high);
-      if (kIsInt16) store_grouped(layout.codes(memory, 1, t) + k, natural[t].low);
+      const F32x16 first = load_scaled<kType>(weight, input, first_token + t, k);
+      const F32x16 second = load_scaled<kType>(weight, input, first_token + t, k + kLanes);
+      const WordCodes codes = encode<kHalves>(first, second, inverse_scales[t]);
+      for (int half = 0; half < kHalves; ++half) {
+        store_int8(natural[half].codes[t], codes.first[half]);
+        store_int8(natural[half].codes[t] + kLanes, codes.second[half]);
+        const Codes32 grouped = group_by_bit(codes.first[half], codes.second[half]);
+        sums[half][t] = add_codes(sums[half][t], grouped);
+        store_codes(layout.codes(memory, half, t) + k, grouped);
+      }
     }
-    store_token_lanes(layout.token_lanes(memory, 0) + k * kUnitTokens, natural, false);
-    if (kIsInt16) store_token_lanes(layout.token_lanes(memory, 1) + k * kUnitTokens, natural, true);
+    for (int half = 0; half < kHalves; ++half) {
+      store_token_lanes(layout.token_lanes(memory, half) + k * kUnitTokens, natural[half]);
+    }
+  }
+  for (int half = 0; half < kHalves; ++half) {
+    for (int64_t t = 0; t < tokens; ++t) unit->code_sums[half][t] = total(sums[half][t]);
   }
 }
 
@@ -125,9 +139,9 @@ inline void prepare_unit(const PackedWeightView& weight, const LinearInput& inpu
                          ActivationPrecision precision, const UnitLayout& layout, void* memory) {
   switch (precision) {
     case ActivationPrecision::kInt8:
-      return prepare_codes<kType, false>(weight, input, first_token, tokens, layout, memory);
+      return prepare_codes<kType, 1>(weight, input, first_token, tokens, layout, memory);
     case ActivationPrecision::kInt16:
-      return prepare_codes<kType, true>(weight, input, first_token, tokens, layout, memory);
+      return prepare_codes<kType, 2>(weight, input, first_token, tokens, layout, memory);
     case ActivationPrecision::kExact:
       for (int64_t t = 0; t < tokens; ++t) {
         float* columns = layout.columns(memory, t);

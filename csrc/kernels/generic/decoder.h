@@ -101,8 +101,7 @@ inline void store_halves(const float* values, int64_t count, int64_t stride, uin
 
 inline void append(const CachedHead& head, int64_t position, const float* key, const float* value) {
   const int64_t count = head.head_dim;
-  const int64_t key_start =
-      position / kPositionsPerBlock * count * kPositionsPerBlock + position % kPositionsPerBlock;
+  const int64_t key_start = position / kPositionsPerBlock * count * kPositionsPerBlock + position % kPositionsPerBlock;
   const int64_t value_start = position * head.value_stride;
   switch (head.type) {
     case CacheType::kFloat32:
@@ -336,7 +335,8 @@ void dense_rows(const void* weight, int64_t in_features, int64_t row_begin, int6
         }
       }
       for (int64_t i = 0; i < here; ++i) {
-        output[(first + i) * output_stride + row] = decoder::sum_of_lanes(sums[i]) + (bias != nullptr ? bias[row] : 0.0f);
+        output[(first + i) * output_stride + row] =
+            decoder::sum_of_lanes(sums[i]) + (bias != nullptr ? bias[row] : 0.0f);
       }
     }
   }

@@ -36,14 +36,7 @@ class PlaneFit {
     clear(tile, weights);
     start_greedily(tile, weights);
     refine(tile, weights, rounds);
-    if (kPlanes < 3) return;
-    const PlaneFit greedy = *this;
-    start_uniformly(tile, weights);
-    refine(tile, weights, rounds);
-    const Mask16 worse = greater(weighted_cost(*this, tile, weights), weighted_cost(greedy, tile, weights));
-    mean_ = select(worse, greedy.mean_, mean_);
-    for (int p = 0; p < kPlanes; ++p) scale_[p] = select(worse, greedy.scale_[p], scale_[p]);
-    set_levels();
+    if constexpr (kPlanes >= 3) keep_better_start(tile, weights, rounds);
   }
 
   // `rounds` rounds from the present scales.
@@ -137,12 +130,18 @@ class PlaneFit {
     sort_scales();
   }
 
-  // Halving scales.
-  void start_uniformly(const WeightTile& tile, const float* weights) {
+  // Fits from halving scales as well and returns to the present ones where that cost more.
+  void keep_better_start(const WeightTile& tile, const float* weights, int rounds) {
+    const PlaneFit before = *this;
     UniformFit<kPlanes, kMeans> uniform;
     uniform.fit(tile, weights, kUniformRounds);
     mean_ = uniform.mean();
     for (int p = 0; p < kPlanes; ++p) scale_[p] = uniform.scale(p);
+    refine(tile, weights, rounds);
+    const Mask16 worse = greater(weighted_cost(*this, tile, weights), weighted_cost(before, tile, weights));
+    mean_ = select(worse, before.mean_, mean_);
+    for (int p = 0; p < kPlanes; ++p) scale_[p] = select(worse, before.scale_[p], scale_[p]);
+    set_levels();
   }
 
   void sort_scales() {

@@ -6,7 +6,7 @@
 #include "generic/dequantize.h"
 #include "generic/factorization.h"
 #include "generic/quantize.h"
-#include "isa/scalar_linear.h"
+#include "isa/avx2_linear.h"
 #include "kernel_table.h"
 
 namespace loop_singular_bit {
@@ -14,7 +14,7 @@ namespace loop_singular_bit {
 const KernelTable kAvx2Kernels = {
     "avx2",
     {quantize, dequantize_row, largest_magnitude, accumulate_column_scales},
-    scalar_linear::kKernels,
+    avx2::kKernels,
     {multiply_add, dot, factor_diagonal, factor_panel, sweep, compute_gradient, loss, refit_scales, descend, write_rows,
      sum_column_gradients, write_signs},
     decoder::kKernels,

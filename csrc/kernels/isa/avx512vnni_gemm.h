@@ -17,6 +17,9 @@ namespace loop_singular_bit {
 namespace {
 namespace avx512vnni {
 
+// Signs are fetched into L2 this far ahead of their expansion.
+constexpr int64_t kSignsAhead = 16384;
+
 constexpr int64_t kSlabVectors = 64;
 constexpr int64_t kBlockVectors = 13;  // 26 sums, two registers of weights and one of codes
 constexpr int64_t kPrefillUnitTokens = 64;

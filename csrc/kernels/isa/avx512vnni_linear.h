@@ -9,8 +9,8 @@ namespace loop_singular_bit {
 namespace {
 namespace avx512vnni {
 
-// Where gemm overtakes one gemv for each token, measured on Zen 4 at 4096 columns. gemm has a fixed cost for a tile, gemv
-// one for each plane.
+// Where gemm overtakes one gemv for each token, measured on Zen 4 at 4096 columns. gemm has a fixed cost for a tile,
+// gemv one for each plane.
 inline int64_t decode_token_limit(const PackedWeightView& weight, ActivationPrecision precision) {
   if (precision == ActivationPrecision::kExact) return kMaxDecodeTokens / weight.planes;
   if (precision == ActivationPrecision::kInt16) return weight.planes == 1 ? 2 : 1;

@@ -127,24 +127,61 @@ inline Counts16 dot_accumulate_four(Counts16 sums, Bytes64 left, const int8_t* r
 
 // ---- between floats and bytes ----
 
+struct Int8x16 {
+  __m128i all;
+};
+
+// One word's codes, in groups of four.
+struct Codes32 {
+  __m128i low, high;
+};
+
+struct Int32x4 {
+  __m128i all;
+};
+
 inline __m256i int16_from_float(F32x16 a) {
   const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));
   return _mm256_permute4x64_epi64(pairs, 0xd8);
 }
 
-inline void store_int8(int8_t* target, __m256i a) {
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), bytes);
+inline Int8x16 int8_from_int16(__m256i a) {
+  return {_mm_packs_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1))};
 }
 
 // Rounds to nearest even, saturates.
-inline void store_rounded_int8(int8_t* target, F32x16 a) { store_int8(target, int16_from_float(a)); }
+inline Int8x16 round_to_int8(F32x16 a) { return int8_from_int16(int16_from_float(a)); }
 
 // Rounded value = 256 * high + low, for magnitudes up to 127 * 256.
-inline void store_rounded_halves(int8_t* high, int8_t* low, F32x16 a) {
+inline void round_to_halves(F32x16 a, Int8x16* high, Int8x16* low) {
   const __m256i code = int16_from_float(a);
-  store_int8(high, _mm256_srai_epi16(_mm256_add_epi16(code, _mm256_set1_epi16(128)), 8));
-  store_int8(low, _mm256_srai_epi16(_mm256_slli_epi16(code, 8), 8));
+  *high = int8_from_int16(_mm256_srai_epi16(_mm256_add_epi16(code, _mm256_set1_epi16(128)), 8));
+  *low = int8_from_int16(_mm256_srai_epi16(_mm256_slli_epi16(code, 8), 8));
+}
+
+inline void store_int8(int8_t* target, Int8x16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(target), a.all); }
+
+// Group b, b = 0..7, holds the codes of columns b, 8 + b, 16 + b and 24 + b.
+inline Codes32 group_by_bit(Int8x16 first, Int8x16 second) {
+  const __m128i even = _mm_unpacklo_epi8(first.all, second.all), odd = _mm_unpackhi_epi8(first.all, second.all);
+  return {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+}
+
+inline void store_codes(int8_t* target, Codes32 codes) {
+  store_int8(target, {codes.low});
+  store_int8(target + 16, {codes.high});
+}
+
+inline Int32x4 zero_sums() { return {_mm_setzero_si128()}; }
+
+inline Int32x4 add_codes(Int32x4 sums, Codes32 codes) {
+  const __m128i ones = _mm_set1_epi8(1);
+  return {_mm_dpbusd_epi32(_mm_dpbusd_epi32(sums.all, ones, codes.low), ones, codes.high)};
+}
+
+inline int32_t total(Int32x4 sums) {
+  const __m128i pairs = _mm_add_epi32(sums.all, _mm_unpackhi_epi64(sums.all, sums.all));
+  return _mm_cvtsi128_si32(pairs) + _mm_extract_epi32(pairs, 1);
 }
 
 inline F32x16 load_int8(const int8_t* source) {

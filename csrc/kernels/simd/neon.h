@@ -318,22 +318,55 @@ inline Counts16 dot_accumulate_four(Counts16 sums, Bytes64 left, const int8_t* r
 
 // ---- between floats and bytes ----
 
+struct Int8x16 {
+  int8x16_t all;
+};
+
+struct Codes32 {
+  int8x16_t low, high;
+};
+
+struct Int32x4 {
+  int32x4_t all;
+};
+
 inline int16x8_t int16_from_float(float32x4_t low, float32x4_t high) {
   return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)), vqmovn_s32(vcvtnq_s32_f32(high)));
 }
 
-inline void store_rounded_int8(int8_t* target, F32x16 a) {
-  vst1_s8(target, vqmovn_s16(int16_from_float(a.quad[0], a.quad[1])));
-  vst1_s8(target + 8, vqmovn_s16(int16_from_float(a.quad[2], a.quad[3])));
+inline Int8x16 round_to_int8(F32x16 a) {
+  return {vcombine_s8(vqmovn_s16(int16_from_float(a.quad[0], a.quad[1])),
+                      vqmovn_s16(int16_from_float(a.quad[2], a.quad[3])))};
 }
 
-inline void store_rounded_halves(int8_t* high, int8_t* low, F32x16 a) {
-  for (int i = 0; i < 2; ++i) {
-    const int16x8_t code = int16_from_float(a.quad[2 * i], a.quad[2 * i + 1]);
-    vst1_s8(high + 8 * i, vqmovn_s16(vshrq_n_s16(vaddq_s16(code, vdupq_n_s16(128)), 8)));
-    vst1_s8(low + 8 * i, vmovn_s16(code));
-  }
+inline void round_to_halves(F32x16 a, Int8x16* high, Int8x16* low) {
+  const int16x8_t first = int16_from_float(a.quad[0], a.quad[1]), second = int16_from_float(a.quad[2], a.quad[3]);
+  const int16x8_t half = vdupq_n_s16(128);
+  high->all = vcombine_s8(vshrn_n_s16(vaddq_s16(first, half), 8), vshrn_n_s16(vaddq_s16(second, half), 8));
+  low->all = vcombine_s8(vmovn_s16(first), vmovn_s16(second));
 }
+
+inline void store_int8(int8_t* target, Int8x16 a) { vst1q_s8(target, a.all); }
+
+inline Codes32 group_by_bit(Int8x16 first, Int8x16 second) {
+  const int8x16x2_t even_odd = vzipq_s8(first.all, second.all);
+  const int8x16x2_t groups = vzipq_s8(even_odd.val[0], even_odd.val[1]);
+  return {groups.val[0], groups.val[1]};
+}
+
+inline void store_codes(int8_t* target, Codes32 codes) {
+  vst1q_s8(target, codes.low);
+  vst1q_s8(target + 16, codes.high);
+}
+
+inline Int32x4 zero_sums() { return {vdupq_n_s32(0)}; }
+
+inline Int32x4 add_codes(Int32x4 sums, Codes32 codes) {
+  const int8x16_t ones = vdupq_n_s8(1);
+  return {vdotq_s32(vdotq_s32(sums.all, codes.low, ones), codes.high, ones)};
+}
+
+inline int32_t total(Int32x4 sums) { return vaddvq_s32(sums.all); }
 
 inline F32x16 load_int8(const int8_t* source) {
   const int8x16_t bytes = vld1q_s8(source);

@@ -1,15 +1,16 @@
 // The fits inside the quantizer, on the scalar primitives: no round of refinement may raise the cost.
+// clang-format off: generic headers come after the primitives they are written in.
+#include "simd/scalar.h"
+#include "generic/outlier_selection.h"
 #include "generic/plane_fit.h"
+#include "generic/uniform_fit.h"
+// clang-format on
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <random>
 #include <vector>
-
-#include "generic/outlier_selection.h"
-#include "generic/uniform_fit.h"
-#include "simd/scalar.h"
 
 namespace loop_singular_bit {
 namespace {
