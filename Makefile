@@ -8,7 +8,7 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-cpp test-python bench lint format build clean sanitize
+.PHONY: demo test test-cpp test-neon test-python bench bench-quality lint format build clean sanitize
 
 demo: build
 	$(BIN)/python examples/demo.py
@@ -26,6 +26,10 @@ test-python: build .venv/installed-test
 bench: build .venv/installed-test
 	$(BIN)/python benchmarks/run_all.py
 
+# Calibrated quantization on the bundled model: minutes, with tuning more.
+bench-quality: build .venv/installed-test
+	$(BIN)/python benchmarks/bench_calibrated.py --target-bits 1.57 2.31 2.57 3.31 4.31
+
 lint: .venv/installed .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +46,12 @@ sanitize: .venv/installed .googletest-checked
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DLOOP_SINGULAR_BIT_SANITIZE=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize -j $(JOBS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+# C++ kernel tests for 64-bit Arm, under qemu. Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user
+test-neon: .venv/installed .googletest-checked
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/neon -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/neon -j $(JOBS) --target kernel_tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/neon/csrc/kernels/tests --output-on-failure -j $(JOBS)
 
 # The operators are rebuilt when a source changed; with nothing to do this takes a few seconds.
 build: .venv/installed .venv/installed-package
@@ -81,5 +91,5 @@ build: .venv/installed .venv/installed-package
 	@touch $@
 
 clean:
-	rm -rf .venv build .googletest-checked demo *.egg-info loop_singular_bit/_C.so
+	rm -rf .venv build .googletest-checked demo *.egg-info loop_singular_bit/_C.so loop_singular_bit/_runtime.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

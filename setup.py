@@ -29,7 +29,8 @@ def check_torch() -> None:
 
 
 class CMakeBuild(build_ext):
-    """One extension, `_C.so`: a plain shared library that torch.ops.load_library opens, so it needs no Python ABI tag."""
+    """`_C.so` (the operators) and `_runtime.so` (the native runtime): plain shared libraries without a Python ABI tag,
+    which torch.ops.load_library and ctypes open."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -56,12 +57,13 @@ class CMakeBuild(build_ext):
             check=True,
         )
         subprocess.run(["cmake", "--build", str(build)], check=True)
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not new bytes in the old one: a running process may have the old one mapped.
-        fresh = target.with_suffix(".so.new")
-        shutil.copyfile(build / "_C.so", fresh)
-        os.replace(fresh, target)
+        package = Path(self.get_ext_fullpath(ext.name)).parent
+        package.mkdir(parents=True, exist_ok=True)
+        for library in ("_C.so", "_runtime.so"):
+            # A new file, not new bytes in the old one: a running process may have the old one mapped.
+            fresh = package / f"{library}.new"
+            shutil.copyfile(build / library, fresh)
+            os.replace(fresh, package / library)
 
 
 check_torch()

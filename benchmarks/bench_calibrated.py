@@ -34,7 +34,7 @@ from loop_singular_bit.quantization.calibration import (  # noqa: E402
 )
 from loop_singular_bit.quantization.presets import outlier_count  # noqa: E402
 from loop_singular_bit.quantization.quantize_calibrated import quantize_weight_calibrated  # noqa: E402
-from loop_singular_bit.quantization.tuning import TuningOptions, tune  # noqa: E402
+from loop_singular_bit.quantization.tuning import TuningOptions, TuningProgress, tune  # noqa: E402
 from loop_singular_bit.validation import evaluate_language_model  # noqa: E402
 
 EXAMPLES = ROOT / "examples"
@@ -78,6 +78,11 @@ def evaluate(
     }
     log_ratio = sum(torch.tensor(figure.perplexity_ratio).log().item() * figure.tokens for figure in figures) / total
     return {"tokens": total, "perplexity_ratio": torch.tensor(log_ratio).exp().item(), **mean}
+
+
+def show_step(progress: TuningProgress) -> None:
+    if progress.step % 10 == 0:
+        print(f"step {progress.step}: KL {progress.kl_divergence:.4f}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -152,7 +157,7 @@ def main() -> None:
                 learning_rate=arguments.learning_rate,
                 sign_learning_rate=arguments.sign_learning_rate,
             )
-            result = tune(model, packed, windows, options)
+            result = tune(model, packed, windows, options, progress=show_step)
             seconds = time.process_time() - start
             figures = evaluate(model, tokenizer, held_out, result.packed_weights, arguments.tokens)
             rows.append(

@@ -1,7 +1,7 @@
 """Writes a packed checkpoint of a real model's shapes directly, for measurements of the native runtime.
 
     python benchmarks/make_packed_checkpoint.py /tmp/mistral-7b-b2                        # 2.2 GB
-    python benchmarks/make_packed_checkpoint.py /tmp/llama-3-70b-b2 --shape llama-3-70b   # 21 GB
+    python benchmarks/make_packed_checkpoint.py /tmp/llama-3-70b-b2 --shape llama-3-70b --hollow   # 21 GB, at once
 
 The signs are random and mean nothing; scales are such that activations stay in a plausible range. What a token costs in
 time, memory and bytes depends on shapes only. benchmarks/make_checkpoint.py makes unpacked ones, to be compressed.
@@ -70,14 +70,21 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--preset", choices=("b1", "b2", "b3", "b4"), default="b2")
     parser.add_argument("--layers", type=int, help="decoder layers instead of the shape's")
+    parser.add_argument(
+        "--hollow", action="store_true", help="reserve the space only: all weights are 0, for memory only"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    nbytes = write_packed_checkpoint(arguments.output, arguments.shape, arguments.preset, arguments.layers)
+    nbytes = write_packed_checkpoint(
+        arguments.output, arguments.shape, arguments.preset, arguments.layers, hollow=arguments.hollow
+    )
     print(f"{arguments.output}: {nbytes:,} bytes in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
-def write_packed_checkpoint(output: Path, shape: str, preset: str = "b2", layers: int | None = None) -> int:
-    """Writes the directory; the bytes of its one shard."""
+def write_packed_checkpoint(
+    output: Path, shape: str, preset: str = "b2", layers: int | None = None, *, hollow: bool = False
+) -> int:
+    """Writes the directory; the bytes of its one shard. A hollow one is read faster than any disk can."""
     sizes = {**SHAPES[shape], **({} if layers is None else {"num_hidden_layers": layers})}
     modules = dict(module_layouts(sizes, preset))
     vectors = dict(norm_sizes(sizes))
@@ -89,7 +96,7 @@ def write_packed_checkpoint(output: Path, shape: str, preset: str = "b2", layers
     tensors += [(name, "BF16", (size,)) for name, size in vectors.items()]
     writer = SafetensorsWriter(output / "model.safetensors", tensors, {"format": "pt"})
     noise = torch.randint(-(2**63), 2**63 - 1, (_NOISE_BYTES // 8,), generator=torch.Generator().manual_seed(0))
-    for index, (name, layout) in enumerate(modules.items()):
+    for index, (name, layout) in enumerate(() if hollow else modules.items()):
         for part, pieces in module_tensors(layout, noise, index).items():
             position = 0
             for piece in pieces:

@@ -1,6 +1,6 @@
 """Compress a checkpoint on disk, then load it with Transformers and generate.
 
-    python examples/compress_and_load.py [SOURCE] [DESTINATION]
+python examples/compress_and_load.py [SOURCE] [DESTINATION]
 """
 
 import sys
@@ -17,7 +17,7 @@ destination = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(tempfile.mkdtemp(
 compressor = LoopCompressor(preset="b4")
 results = compressor.compress_model(source, destination)
 summary = results["compression_summary"]
-print(f"{summary['layers_compressed']} layers, {summary['average_compression_ratio']:.2f}x smaller than their stored dtype")
+print(f"{summary['layers_compressed']} layers, {summary['average_compression_ratio']:.2f}x smaller than in bfloat16")
 print(f"peak RSS {summary['max_ram_usage_mb']:.0f} MB; targets: {compressor.validate_compression()}")
 
 tokenizer = AutoTokenizer.from_pretrained(destination)

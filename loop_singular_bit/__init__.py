@@ -23,7 +23,11 @@ _HOMES = {
     "PackedWeight": "packed_weight",
     "QualityValidator": "validation",
     "QuantizationConfig": "quantization.quantize_model",
+    "StreamingManager": "streaming",
     "evaluate_language_model": "validation",
+    "get_system_info": "streaming",
+    "list_models": "local_models",
+    "load_compressed_model": "streaming",
     "quantize_model": "quantization.quantize_model",
     "quantize_weight": "quantization.quantize_weight",
 }
@@ -32,6 +36,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from loop_singular_bit.compressor import LoopCompressor as LoopCompressor
+    from loop_singular_bit.local_models import list_models as list_models
     from loop_singular_bit.packed_linear import PackedEmbedding as PackedEmbedding
     from loop_singular_bit.packed_linear import PackedLinear as PackedLinear
     from loop_singular_bit.packed_weight import PackedLayout as PackedLayout
@@ -42,6 +47,9 @@ if TYPE_CHECKING:
     from loop_singular_bit.quantization.quantize_model import QuantizationConfig as QuantizationConfig
     from loop_singular_bit.quantization.quantize_model import quantize_model as quantize_model
     from loop_singular_bit.quantization.quantize_weight import quantize_weight as quantize_weight
+    from loop_singular_bit.streaming import StreamingManager as StreamingManager
+    from loop_singular_bit.streaming import get_system_info as get_system_info
+    from loop_singular_bit.streaming import load_compressed_model as load_compressed_model
     from loop_singular_bit.transformers_integration import LoopSingularBitConfig as LoopSingularBitConfig
     from loop_singular_bit.validation import QualityValidator as QualityValidator
     from loop_singular_bit.validation import evaluate_language_model as evaluate_language_model

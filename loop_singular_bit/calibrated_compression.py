@@ -239,12 +239,19 @@ class _Preparation:
         return report
 
     def _load(self, model_path: Path, texts: Sequence[str]) -> tuple[torch.Tensor, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         window = self.calibration.window
         windows = calibration_windows(tokenizer, texts, window=window, max_windows=self.calibration.max_windows)
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        architectures = AutoConfig.from_pretrained(model_path).architectures or []
+        speaks = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+        if not speaks and (self.calibration.target_bits is not None or self.calibration.tuning is not None):
+            raise ValueError(
+                f"{model_path}: target_bits and tuning need a causal language model, got {', '.join(architectures)}"
+            )
+        loader = AutoModelForCausalLM if speaks else AutoModel
+        model = loader.from_pretrained(model_path, dtype=torch.float32)
         positions = getattr(model.config, "max_position_embeddings", None)
         if isinstance(positions, int) and window > positions:
             raise ValueError(f"window: the model has {positions} positions, got {window}")
@@ -259,7 +266,7 @@ class _Preparation:
             weights,
             self.quantizer.statistics,
             self.windows[:_SENSITIVITY_WINDOWS],
-            outlier_fractions=(self.quantizer.outlier_ratio,),
+            outlier_fraction=self.quantizer.outlier_ratio,
             progress=lambda done, total: self._report("measuring layouts", done, total),
         )
         layouts = allocate(candidates, target_bits)

@@ -201,6 +201,7 @@ class _ProgressBar:
             unit_scale=True,
             disable=disable,
             leave=False,
+            delay=0.1,  # until the total is known
             file=sys.stderr,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
         )
@@ -233,6 +234,8 @@ class _ProgressBar:
             refresh=False,
         )
         bar.update(progress.bytes_done - bar.n)
+        if progress.tensors_done == progress.tensors_total:
+            bar.refresh()
 
 
 def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Path) -> None:

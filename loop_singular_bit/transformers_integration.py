@@ -48,7 +48,8 @@ class LoopSingularBitConfig(QuantizationConfigMixin):
         modules_to_not_convert: modules to leave as they are: full names, names they start or end with at a dot, or
             regular expressions that match the full name.
         quantize_embeddings: also pack embeddings and output heads.
-        activation_precision: of the packed linears, "int8", "int16" or "exact": see `ops.packed_linear`.
+        activation_precision: of the packed linears, "int8", "int16" or "exact": see `ops.packed_linear`. The only field
+            that counts when a packed checkpoint is loaded; the others are the checkpoint's own.
         force: allow presets that make models unusable without calibration.
         format_version, modules, tied_modules, options: written by this package into packed checkpoints: version of the
             tensor format, layout of each packed module, heads that use the weight of an embedding, provenance.
@@ -107,6 +108,10 @@ class LoopSingularBitConfig(QuantizationConfigMixin):
         self.modules = None if modules is None else {name: dict(fields) for name, fields in modules.items()}
         self.tied_modules = dict(tied_modules or {})
         self.options = dict(options or {})
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a configuration given to `from_pretrained` changes of the one in a packed checkpoint."""
+        return {"activation_precision": self.activation_precision}
 
     def to_dict(self) -> dict[str, Any]:
         """As written into `config.json`; what a packed checkpoint does not need is left out."""
@@ -457,6 +462,10 @@ def register() -> None:
         auto.register_quantization_config(QUANT_METHOD)(LoopSingularBitConfig)
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(QUANT_METHOD)(LoopSingularBitQuantizer)
+    # Configurations that may change a packed checkpoint's own one on loading, in what they call loading attributes.
+    types = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+    if LoopSingularBitConfig not in types:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, LoopSingularBitConfig)
 
 
 def attach_quantizer(model: PreTrainedModel, preset: str, modules_to_not_convert: Sequence[str] = ()) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ def evaluate_language_model(
     divergences = torch.empty_like(original_losses)
     same_top1 = 0
     done = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), _evaluating(model), _evaluating(original):
         for ids in windows:
             logits = _logits(model, ids)
             original_logits = None if original is None else _logits(original, ids)
@@ -311,6 +312,19 @@ def _windows(
                 continue
             left -= len(positions) - 1
             yield positions
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module | None) -> Iterator[None]:
+    """Without dropout; afterwards the model trains again if it did."""
+    training = model is not None and model.training
+    if model is not None:
+        model.eval()
+    try:
+        yield
+    finally:
+        if model is not None:
+            model.train(training)
 
 
 def _logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from loop_singular_bit.quantization.tuning import TuningOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_models import tiny_language_model
+from tiny_models import tiny_encoder, tiny_language_model
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "examples/text/calibration/e-nesbit_the-railway-children.txt").read_text(encoding="utf-8")[:20_000]
@@ -124,6 +124,21 @@ def test_mixed_layouts_and_tuning(source: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
     again = compress_calibrated(source, tmp_path / "two", [TEXT], "b2", calibration, resume=True)
     assert again["calibration"]["tuning"] == results["calibration"]["tuning"]
+
+
+def test_encoders_are_calibrated_but_not_tuned(tmp_path: Path) -> None:
+    model = tiny_encoder()
+    model.resize_token_embeddings(4096)
+    model.save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "examples/books-llama-7m" / name, tmp_path / "source" / name)
+    results = compress_calibrated(tmp_path / "source", tmp_path / "packed", [TEXT], "b3", CALIBRATION)
+    linears = {linear["name"]: linear for linear in results["calibration"]["linears"]}
+    assert {"encoder.layer.1.output.dense", "encoder.layer.0.attention.self.value"} <= linears.keys()
+    assert all(linear["output_error"] < linear["output_error_before"] for linear in linears.values())
+    mixed = replace(CALIBRATION, target_bits=4.0)
+    with pytest.raises(ValueError, match="need a causal language model, got BertModel"):
+        compress_calibrated(tmp_path / "source", tmp_path / "mixed", [TEXT], "b3", mixed)
 
 
 def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

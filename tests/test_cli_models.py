@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 
 from loop_singular_bit import LoopCompressor
 from loop_singular_bit.cli import EXIT_BAD_CHECKPOINT, EXIT_INTERRUPTED, EXIT_OK, EXIT_QUALITY, EXIT_USAGE, main
+from loop_singular_bit.errors import CheckpointError
+from loop_singular_bit.plots import plot_report
 
 transformers = pytest.importorskip("transformers")
 
@@ -161,6 +164,30 @@ def test_plot(directories: SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
     assert content.startswith(b"\x89PNG") and len(content) > 20_000
     assert main(["inspect", directories.original, "--plot", str(tmp_path / "no.png")]) == EXIT_BAD_CHECKPOINT
     assert not (tmp_path / "no.png").exists()
+
+
+def layer_result(name: str, out_features: int, in_features: int, planes: int) -> dict[str, Any]:
+    layout = {"out_features": out_features, "in_features": in_features, "planes": planes, "outliers": 1}
+    return {"name": name, "kind": "linear", **layout, "column_scales": True, "means": False, "relative_error": 0.1}
+
+
+@pytest.mark.parametrize(
+    "names", [["0", "2"], ["model.layers.0.up", "model.layers.1.up", "head"], [f"h.{layer}.fc" for layer in range(40)]]
+)
+def test_plot_of_any_kind_of_model(names: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = {"layer_results": [layer_result(name, 64, 96, 2) for name in names]}
+    assert plot_report(report, tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_plot_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="layer_results"):
+        plot_report({"layer_results": []}, tmp_path / "plot.png")
+    with pytest.raises(CheckpointError, match=r"compression_report\.json: no such file"):
+        plot_report(tmp_path, tmp_path / "plot.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'loop-singular-bit\[plots\]'"):
+        plot_report({"layer_results": [layer_result("0", 64, 96, 2)]}, tmp_path / "plot.png")
 
 
 @pytest.mark.skipif(not BOOKS.exists() or not HELD_OUT, reason="the bundled model is not here")

@@ -268,6 +268,12 @@ def test_outlier_fraction_and_activation_precision(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.activation_precision == "exact"
     assert torch.equal(logits(loaded), logits(model))
+    with pytest.warns(UserWarning, match="activation_precision"):
+        other = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=LoopSingularBitConfig("b2", activation_precision="int16")
+        )
+    assert other.lm_head.activation_precision == "int16"
+    assert other.config.quantization_config.preset == "b4"
 
 
 def test_presets_say_what_they_do_without_calibration(dense_directory: Callable[[str, bool], Path]) -> None:
@@ -485,7 +491,6 @@ IMPORT_ORDERS = {
     "integration first": "import loop_singular_bit.transformers_integration",
 }
 PEFT_IMPORT_ORDERS = {
-    "ours first": "import loop_singular_bit; import peft",
     "PEFT first": "import peft; import loop_singular_bit",
     "integration first": "import loop_singular_bit.peft_integration",
 }

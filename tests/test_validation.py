@@ -131,6 +131,17 @@ def test_a_model_against_itself() -> None:
     assert evaluation.top1_agreement == 1
 
 
+def test_dropout_is_off_and_the_mode_is_restored() -> None:
+    class Dropping(Bigrams):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=nn.functional.dropout(self.table[input_ids], 0.5, self.training))
+
+    model = Dropping(1).train()
+    evaluation = evaluate_language_model(model, Letters(10), TEXTS, original=Bigrams(1).eval())
+    assert evaluation.perplexity_ratio == 1
+    assert model.training
+
+
 def test_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     evaluation = evaluate_language_model(Bigrams(0, scale=0.0), Letters(10), TEXTS)
     assert evaluation.perplexity == pytest.approx(VOCABULARY, rel=1e-6)

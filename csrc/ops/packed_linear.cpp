@@ -93,17 +93,20 @@ LinearOutput advanced(LinearOutput output, int64_t tokens) {
   return output;
 }
 
+// Every thread prepares the tokens for itself: that takes a microsecond, and fetching what another core has just
+// written, line by line in the order of the outliers, takes many.
 void decode(const LinearKernels& kernels, const PackedWeightView& weight, const LinearInput& input, int64_t tokens,
             ActivationPrecision precision, bool is_small, const LinearOutput& output) {
   const int64_t bytes = kernels.decode_activation_bytes(weight.in_features, precision);
-  const DecodeActivations* prepared[kMaxDecodeTokens];
-  for (int64_t token = 0; token < tokens; ++token) {
-    auto* activations = static_cast<DecodeActivations*>(decode_buffers[token].at_least(bytes));
-    kernels.prepare_decode(weight, input, token, precision, activations);
-    prepared[token] = activations;
-  }
-  for_each(weight.row_tiles, is_small,
-           [&](int64_t begin, int64_t end) { kernels.gemv(weight, prepared, tokens, begin, end, output); });
+  for_each(weight.row_tiles, is_small, [&](int64_t begin, int64_t end) {
+    const DecodeActivations* prepared[kMaxDecodeTokens];
+    for (int64_t token = 0; token < tokens; ++token) {
+      auto* activations = static_cast<DecodeActivations*>(decode_buffers[token].at_least(bytes));
+      kernels.prepare_decode(weight, input, token, precision, activations);
+      prepared[token] = activations;
+    }
+    kernels.gemv(weight, prepared, tokens, begin, end, output);
+  });
 }
 
 void prefill(const LinearKernels& kernels, const PackedWeightView& weight, const LinearInput& input, int64_t tokens,

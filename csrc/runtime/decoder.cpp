@@ -12,9 +12,10 @@ constexpr int kLinearsPerLayer = 7;
 constexpr int64_t kQueriesPerTask = 64;
 constexpr int64_t kGatePerTask = 2048;
 // Below this many sign bits times tokens, handing work to another thread costs more than it saves.
-constexpr int64_t kSerialSigns = int64_t{1} << 17;
-// Ranges of row tiles per thread: enough to even out threads that are slowed down.
-constexpr int64_t kRangesPerThread = 8;
+constexpr int64_t kSerialSigns = int64_t{1} << 19;
+// Ranges of row tiles per thread: a thread that is slowed down leaves the last one to the others, and long ranges are
+// read faster than short ones.
+constexpr int64_t kRangesPerThread = 2;
 
 // A view without memory, to ask kernels for sizes.
 PackedWeightView shape_of(const StoredMatrix& matrix) {

@@ -95,6 +95,7 @@ void Model::logits(const std::vector<int32_t>& tokens, float* output) {
   sampler_.reset();
   tokens_ = tokens;
   decoder_->process(tokens.data(), static_cast<int64_t>(tokens.size()), /*all_logits=*/true, output);
+  check_budget();
 }
 
 void Model::check_budget() const {

@@ -150,7 +150,7 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
   std::byte* base = pinned_memory_.data();
   for (int unit = 0; unit < pinned_units_; ++unit) {
     pinned_bases_.push_back(base);
-    if (!uses_mapping(unit)) base += units_[unit].buffer_bytes;
+    base += units_[unit].buffer_bytes;
   }
   slots_.resize(options_.prefetch ? kSlots : 1);
   for (Slot& slot : slots_) {

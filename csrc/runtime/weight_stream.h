@@ -95,7 +95,10 @@ class WeightStream {
     PageMemory memory;
   };
 
-  bool uses_mapping(int unit) const { return options_.back_end == BackEnd::kMmap && !units_[unit].needs_copy; }
+  // Pinned units are copies: a mapping whose file is cut short later would end the process with a signal.
+  bool uses_mapping(int unit) const {
+    return options_.back_end == BackEnd::kMmap && !units_[unit].needs_copy && !is_pinned(unit);
+  }
   bool is_pinned(int unit) const { return unit < pinned_units_; }
   UnitView view(int unit, const std::byte* base) const;
   void check(int unit, const std::byte* base) const;

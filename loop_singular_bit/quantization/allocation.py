@@ -15,7 +15,9 @@ from loop_singular_bit.quantization.presets import outlier_count
 from loop_singular_bit.quantization.quantize_calibrated import quantize_weight_calibrated
 
 CANDIDATE_PLANES = (1, 2, 3, 4)
-CANDIDATE_OUTLIER_FRACTIONS = (1 / 128,)
+# Beyond the most planes, more outliers are what is left to buy.
+_OUTLIER_MULTIPLES_AT_MOST_PLANES = (1, 2, 4)
+_DEFAULT_OUTLIER_FRACTION = 1 / 128
 _BISECTIONS = 60
 
 
@@ -78,8 +80,8 @@ def measure_candidates(
     windows: torch.Tensor,
     *,
     planes: Sequence[int] = CANDIDATE_PLANES,
-    outlier_fractions: Sequence[float] = CANDIDATE_OUTLIER_FRACTIONS,
-    rounds: int = 2,
+    outlier_fraction: float = _DEFAULT_OUTLIER_FRACTION,
+    rounds: int = 1,
     enlargement: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Candidate]]:
@@ -94,7 +96,8 @@ def measure_candidates(
         weights: by name of linear.
         statistics: of their inputs.
         windows: int64 [windows, window], a few.
-        rounds: of refinement; two are enough to compare.
+        outlier_fraction: outliers over weights in a row; with the most planes also twice and four times as many.
+        rounds: of refinement; one is enough to compare.
         enlargement: count bits as if matrices had so many times the rows and columns.
         progress: called after each linear with how many are done and how many there are.
     """
@@ -109,7 +112,8 @@ def measure_candidates(
             signal = float(((exact @ hessian) * exact).sum(dtype=torch.float64))
         candidates[name] = []
         for count in planes:
-            for outliers in sorted({outlier_count(columns, fraction) for fraction in outlier_fractions}):
+            multiples = _OUTLIER_MULTIPLES_AT_MOST_PLANES if count == max(planes) else (1,)
+            for outliers in sorted({outlier_count(columns, min(1.0, m * outlier_fraction)) for m in multiples}):
                 calibrated = quantize_weight_calibrated(exact, hessian, planes=count, outliers=outliers, rounds=rounds)
                 layout = PackedLayout(rows * enlargement, columns * enlargement, count, outliers * enlargement)
                 loss = sensitivities[name] * signal * calibrated.losses[-1]

@@ -87,7 +87,7 @@ def test_measures_what_the_model_minds() -> None:
         planes=(1, 2, 3),
     )
     for some in candidates.values():
-        assert [one.planes for one in some] == [1, 2, 3]
+        assert [(one.planes, one.outliers) for one in some] == [(1, 1), (2, 1), (3, 1), (3, 2)]
         assert some[0].loss > some[1].loss > some[2].loss > 0
         assert some[0].bits < some[1].bits < some[2].bits
     layouts = allocate(candidates, sum(one.bits for one in (candidates[names[0]][2], candidates[names[1]][0])) / 4096)

@@ -135,29 +135,32 @@ void report(benchmark::State& state, double macs_per_iteration, double bytes_per
   state.counters["bytes/s"] = benchmark::Counter(bytes_per_iteration, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-// One token, weights from memory. Every thread owns a slab of the rows of all copies.
+// One token, weights from memory, as the operator does it: every thread prepares the token and has a slab of the rows.
 void gemv_dram(benchmark::State& state, const KernelTable* table, Shape shape, ActivationPrecision precision) {
-  static std::unique_ptr<Weights> weights;  // shared by the threads of one run
-  if (state.thread_index() == 0) weights = std::make_unique<Weights>(shape, kCycledBytes / Weights::bytes(shape) + 1);
+  const Weights weights(shape, kCycledBytes / Weights::bytes(shape) + 1);
+  const int64_t threads = state.range(0);
   const LinearKernels& linear = table->linear;
   const std::vector<float> input = random_input(shape.in_features);
   std::vector<float> output(shape.out_features);
-  const Memory memory(linear.decode_activation_bytes(shape.in_features, precision));
-  auto* activations = static_cast<DecodeActivations*>(memory.data.get());
-  const DecodeActivations* prepared[] = {activations};
+  std::vector<std::unique_ptr<Memory>> memory;
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    memory.push_back(std::make_unique<Memory>(linear.decode_activation_bytes(shape.in_features, precision)));
+  }
   int64_t copy = 0;
   for (auto _ : state) {
-    const PackedWeightView view = weights->view(copy++ % weights->copies());
-    const int64_t begin = view.row_tiles * state.thread_index() / state.threads();
-    const int64_t end = view.row_tiles * (state.thread_index() + 1) / state.threads();
-    linear.prepare_decode(view, {input.data(), shape.in_features, ElementType::kFloat32}, 0, precision, activations);
-    linear.gemv(view, prepared, 1, begin, end,
-                {output.data(), shape.out_features, ElementType::kFloat32, ElementType::kFloat32, nullptr});
+    const PackedWeightView view = weights.view(copy++ % weights.copies());
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t thread = 0; thread < threads; ++thread) {
+      auto* activations = static_cast<DecodeActivations*>(memory[thread]->data.get());
+      const DecodeActivations* prepared[] = {activations};
+      linear.prepare_decode(view, {input.data(), shape.in_features, ElementType::kFloat32}, 0, precision, activations);
+      linear.gemv(view, prepared, 1, view.row_tiles * thread / threads, view.row_tiles * (thread + 1) / threads,
+                  {output.data(), shape.out_features, ElementType::kFloat32, ElementType::kFloat32, nullptr});
+    }
     benchmark::ClobberMemory();
   }
-  const double share = 1.0 / state.threads();
-  report(state, share * static_cast<double>(shape.out_features * shape.in_features),
-         share * static_cast<double>(Weights::bytes(shape)));
+  report(state, static_cast<double>(shape.out_features * shape.in_features),
+         static_cast<double>(Weights::bytes(shape)));
 }
 
 // One row tile over and over: what the kernel costs when memory costs nothing.
@@ -196,7 +199,7 @@ void prepare_decode(benchmark::State& state, const KernelTable* table, int64_t i
   }
 }
 
-// Many tokens, weights in cache. Threads prepare all tokens each, but compute only their slab of rows.
+// Many tokens, weights in cache.
 void gemm(benchmark::State& state, const KernelTable* table, Shape shape, int64_t tokens,
           ActivationPrecision precision) {
   const Weights weights(shape, 1);
@@ -235,7 +238,8 @@ void register_benchmarks() {
         benchmark::RegisterBenchmark(
             ("gemv_dram/" + name + suffix).c_str(),
             [=](benchmark::State& state) { gemv_dram(state, table, shape, ActivationPrecision::kInt8); })
-            ->ThreadRange(1, 2)
+            ->ArgName("threads")
+            ->DenseRange(1, 2)
             ->UseRealTime();
       }
       for (int64_t tokens : {2, 4, 8, 32, 128, 512}) {

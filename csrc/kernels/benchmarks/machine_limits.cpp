@@ -44,16 +44,22 @@ __attribute__((target("avx2"))) int64_t spin_avx2(int64_t rounds) {
   return rounds * 6 * 32;
 }
 
+// Four streams far apart: one reads up to a third less.
 __attribute__((target("avx2"))) int64_t read_avx2(const char* data, int64_t bytes) {
-  __m256i sums[4] = {};
-  for (int64_t i = 0; i + 128 <= bytes; i += 128) {
-    _mm_prefetch(data + i + 16384, _MM_HINT_T1);
-    _mm_prefetch(data + i + 16384 + 64, _MM_HINT_T1);
-    for (int j = 0; j < 4; ++j) {
-      sums[j] = _mm256_add_epi64(sums[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * j)));
+  constexpr int64_t kStreams = 4, kStep = 256, kAhead = 4096;
+  const int64_t length = bytes / kStreams;
+  __m256i sums[8] = {};
+  for (int64_t i = 0; i + kStep <= length; i += kStep) {
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+      const char* begin = data + stream * length + i;
+      for (int j = 0; j < 4; ++j) _mm_prefetch(begin + kAhead + 64 * j, _MM_HINT_T1);
+      for (int j = 0; j < 8; ++j) {
+        sums[j] = _mm256_add_epi64(sums[j], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(begin + 32 * j)));
+      }
     }
   }
-  const __m256i sum = _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3]));
+  __m256i sum = sums[0];
+  for (int j = 1; j < 8; ++j) sum = _mm256_add_epi64(sum, sums[j]);
   return _mm256_extract_epi64(sum, 0) + _mm256_extract_epi64(sum, 1) + _mm256_extract_epi64(sum, 2) +
          _mm256_extract_epi64(sum, 3);
 }

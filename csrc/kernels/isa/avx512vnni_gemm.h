@@ -1,10 +1,10 @@
-// Prefill with AVX-512 VNNI. A row tile is expanded to bytes (generic/prefill_levels.h), which then stay in L2 for all
-// tokens; blocks of up to thirteen tokens keep their sums for the whole tile in registers. Outliers are four to a
-// dpbusd: their activations are looked up in a table with the tokens side by side.
+// Prefill with AVX-512 VNNI. Planes with common levels are expanded to bytes once for a row tile
+// (generic/prefill_levels.h), which then stay in L2 for all tokens; a single plane is multiplied as it is stored.
+// Blocks of up to thirteen vectors of codes keep their sums for the whole tile in registers. Outliers are four to a
+// dpbusd: their activations are looked up in a table that has the vectors side by side.
 //
-// A token has one column of codes (int8) or two (int16: high halves, then low halves, each with its scale). "Column of
-// codes" is called a lane group's column in no other place: here it is simply a *vector*, vector v belongs to token
-// v / halves. 64 vectors make a slab, the unit of preparation.
+// Every token has one vector of codes (int8) or two (int16: high halves, then low halves, each with its scale): vector
+// v belongs to token v / halves. 64 vectors make a slab.
 #pragma once
 
 #include <immintrin.h>
@@ -35,8 +35,6 @@ inline int64_t align_bytes(int64_t bytes) {
 struct Block {
   int64_t begin, end;
 };
-
-inline int64_t block_count(int64_t vectors) { return (vectors + kBlockVectors - 1) / kBlockVectors; }
 
 inline Block block_of(int64_t vectors, int64_t halves, int64_t index, int64_t count) {
   const int64_t tokens = vectors / halves;
@@ -102,7 +100,7 @@ inline void transpose_bytes_16x16(const __m128i* rows, __m128i* columns) {
 }
 
 // Vectors of one table row: sixteen, or 64 when the slab has more. The latter are stored so that the unpacking of
-// add_outliers_64() restores their order: byte 16 * l + 4 * g + j is vector 16 * g + 4 * l + j.
+// sum_slab_outliers() restores their order: byte 16 * l + 4 * g + j is vector 16 * g + 4 * l + j.
 inline int64_t table_vectors(int64_t slab_vectors) { return slab_vectors <= 16 ? 16 : 64; }
 
 // natural: int8 [64 vectors, 64 columns]
@@ -398,10 +396,16 @@ inline void expand_planes(const int32_t* signs, int64_t planes, int64_t words, c
   }
 }
 
+// Planes of the next tile, to fetch into L2 while this one is multiplied: expansion alone is too fast for memory.
+struct NextSigns {
+  const int32_t* signs;
+  int64_t planes;
+};
+
 // products[v][half of the tile] = sum over all columns of byte * code for kVectors vectors.
 // |sum| <= 65536 x 255 x 128 < 2^31.
 template <int kVectors>
-inline void multiply_expanded_block(const uint8_t* expanded, const int32_t* codes, int64_t steps,
+inline void multiply_expanded_block(const uint8_t* expanded, const int32_t* codes, int64_t words, const NextSigns& next,
                                     __m512i (*products)[2]) {
   // Few vectors have few sums, and a dpbusd takes four cycles or five: more chains hide that.
   constexpr int kChains = kVectors >= 3 ? 1 : kVectors == 2 ? 2 : 4;
@@ -409,15 +413,22 @@ inline void multiply_expanded_block(const uint8_t* expanded, const int32_t* code
   for (int c = 0; c < kChains; ++c) {
     for (int v = 0; v < kVectors; ++v) sums[c][v][0] = sums[c][v][1] = _mm512_setzero_si512();
   }
-  for (int64_t step = 0; step < steps; step += kChains) {
+  for (int64_t word = 0; word < words; ++word) {
+    for (int64_t plane = 0; plane < next.planes; ++plane) {
+      const int32_t* signs = next.signs + (plane * words + word) * kRowsPerTile;
+      prefetch(signs, 0);
+      prefetch(signs + 16, 0);
+    }
+    for (int b = 0; b < 8; b += kChains) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kChains; ++c, expanded += 128, codes += kVectors) {
-      const __m512i low = _mm512_loadu_si512(expanded), high = _mm512_loadu_si512(expanded + 64);
+      for (int c = 0; c < kChains; ++c, expanded += 128, codes += kVectors) {
+        const __m512i low = _mm512_loadu_si512(expanded), high = _mm512_loadu_si512(expanded + 64);
 #pragma GCC unroll 13
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512i x = _mm512_set1_epi32(codes[v]);
-        sums[c][v][0] = dot_accumulate(sums[c][v][0], low, x);
-        sums[c][v][1] = dot_accumulate(sums[c][v][1], high, x);
+        for (int v = 0; v < kVectors; ++v) {
+          const __m512i x = _mm512_set1_epi32(codes[v]);
+          sums[c][v][0] = dot_accumulate(sums[c][v][0], low, x);
+          sums[c][v][1] = dot_accumulate(sums[c][v][1], high, x);
+        }
       }
     }
   }
@@ -504,12 +515,12 @@ inline void with_vector_count(int64_t vectors, const Function& function) {
 
 // `signs` is one plane, or nullptr to multiply the expanded tile.
 inline void multiply_block(int64_t vectors, const int32_t* signs, const uint8_t* expanded, const int32_t* codes,
-                           int64_t words, __m512i (*products)[2]) {
+                           int64_t words, const NextSigns& next, __m512i (*products)[2]) {
   with_vector_count(vectors, [&](auto count) {
     if (signs != nullptr) {
       multiply_signs_block<decltype(count)::value>(signs, codes, words, products);
     } else {
-      multiply_expanded_block<decltype(count)::value>(expanded, codes, 8 * words, products);
+      multiply_expanded_block<decltype(count)::value>(expanded, codes, words, next, products);
     }
   });
 }
@@ -555,6 +566,7 @@ inline void store_rows(float* target, const RowSums& rows) {
 struct PlaneRun {
   int64_t begin, end;
   bool is_first, is_last;
+  bool has_next_tile;
 };
 
 inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const PrefillLevels& levels,
@@ -563,6 +575,8 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
   const PrefillLayout layout = prefill_layout(weight.in_features);
   const int32_t* signs = weight.signs + (tile * weight.planes + run.begin) * weight.words * kRowsPerTile;
   const bool is_one_plane = run.end - run.begin == 1;
+  const int32_t* next_tile_signs =
+      run.has_next_tile ? weight.signs + (tile + 1) * weight.planes * weight.words * kRowsPerTile : nullptr;
   if (!is_one_plane) expand_planes(signs, run.end - run.begin, weight.words, levels, scratch.expanded);
   const RowSums unit = load_rows(levels.unit);
   const __m512i total_low = _mm512_loadu_si512(levels.total), total_high = _mm512_loadu_si512(levels.total + 16);
@@ -586,8 +600,14 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
     for (int64_t index = 0; index < blocks; ++index) {
       const Block block = block_of(vectors, halves, index, blocks);
       __m512i products[kBlockVectors][2];
+      // The planes of the next tile are spread over the blocks of the first slab.
+      NextSigns next = {nullptr, 0};
+      if (next_tile_signs != nullptr && first == 0) {
+        const int64_t plane = weight.planes * index / blocks;
+        next = {next_tile_signs + plane * weight.words * kRowsPerTile, weight.planes * (index + 1) / blocks - plane};
+      }
       multiply_block(block.end - block.begin, is_one_plane ? signs : nullptr, scratch.expanded,
-                     reinterpret_cast<const int32_t*>(slab + layout.width * block.begin), weight.words, products);
+                     reinterpret_cast<const int32_t*>(slab + layout.width * block.begin), weight.words, next, products);
       RowSums token_rows = splat_rows(0.0f);
       for (int64_t v = block.begin; v < block.end; ++v) {
         // 2 * product - total * code_sum = sum of level * sign * code, modulo 2^32; the sum itself is at most
@@ -627,16 +647,17 @@ inline void gemm_integer(const PackedWeightView& weight, const char* activations
     }
     const TileOutliers outliers =
         transpose_outliers(weight, tile, scratch.outlier_columns, scratch.outlier_deltas, scratch.delta_sums);
+    const bool has_next_tile = tile + 1 < tile_end;
     PrefillLevels levels;
     if (find_prefill_levels(scales, weight.planes, 255, &levels)) {
-      gemm_run(weight, {0, weight.planes, true, true}, levels, activations, tokens, halves, tile, outliers, scratch,
-               output);
+      gemm_run(weight, {0, weight.planes, true, true, has_next_tile}, levels, activations, tokens, halves, tile,
+               outliers, scratch, output);
       continue;
     }
     for (int64_t p = 0; p < weight.planes; ++p) {
       single_plane_levels(scales[p], &levels);
-      gemm_run(weight, {p, p + 1, p == 0, p + 1 == weight.planes}, levels, activations, tokens, halves, tile, outliers,
-               scratch, output);
+      gemm_run(weight, {p, p + 1, p == 0, p + 1 == weight.planes, has_next_tile}, levels, activations, tokens, halves,
+               tile, outliers, scratch, output);
     }
   }
 }

@@ -17,5 +17,6 @@ constexpr int64_t kProbeWords = 64 * 16;
 extern const SimdProbe kScalarProbe;
 extern const SimdProbe kAvx2Probe;
 extern const SimdProbe kAvx512Probe;
+extern const SimdProbe kNeonProbe;
 
 }  // namespace loop_singular_bit

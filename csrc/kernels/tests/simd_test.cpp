@@ -24,6 +24,8 @@ std::vector<const SimdProbe*> supported_probes() {
     for (const SimdProbe* probe : {&kAvx2Probe, &kAvx512Probe}) {
       if (std::string(probe->isa) == table->name) probes.push_back(probe);
     }
+#elif defined(__aarch64__)
+    if (std::string(kNeonProbe.isa) == table->name) probes.push_back(&kNeonProbe);
 #endif
     if (std::string(kScalarProbe.isa) == table->name) probes.push_back(&kScalarProbe);
   }

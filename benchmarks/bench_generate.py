@@ -1,0 +1,301 @@
+"""The native runtime against the limits of the machine: prefill, decode, and what is held in memory.
+
+    python benchmarks/make_packed_checkpoint.py /tmp/mistral-7b-b2
+    python benchmarks/bench_generate.py /tmp/mistral-7b-b2 --target-ram-mb 220 [--transformers] [--realtime]
+
+Without a directory a small checkpoint is made. Every line is a fresh process without torch, so that its peak resident
+memory (VmHWM) is its own. Limits are measured next to each line: reading memory with the threads of the run, int8
+products from registers (libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and reading the file past the
+page cache. `--realtime` runs what is timed with real-time priority, for machines that others use (needs root).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+_LIMIT_BYTES = 256 << 20
+_READ_BYTES = 512 << 20
+_ROUNDS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", type=Path, help="packed checkpoint (default: a small one is made)")
+    parser.add_argument(
+        "--target-ram-mb", type=float, help="budget of the streamed runs (default: the smallest plus a half)"
+    )
+    parser.add_argument("--context-length", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=16, help="timed one by one; the median counts")
+    parser.add_argument("--cache-type", choices=("float16", "int8", "float32"), default="float16")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--back-ends", default="resident,direct,mmap", help="comma-separated")
+    parser.add_argument("--transformers", action="store_true", help="also Transformers in bfloat16 on the same shapes")
+    parser.add_argument("--realtime", action="store_true", help="real-time priority for what is timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--child", metavar="OPTIONS", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        options = json.loads(arguments.child)
+        print(json.dumps(measure_transformers(options) if options["kind"] == "transformers" else measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        model = arguments.model or make_small(Path(directory))
+        results = [run_child(arguments, model, kind) for kind in kinds(arguments)]
+        print(table(results))
+        print()
+        print(breakdown(results))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def make_small(directory: Path) -> Path:
+    from make_packed_checkpoint import write_packed_checkpoint
+
+    write_packed_checkpoint(directory / "small", "small")
+    return directory / "small"
+
+
+def kinds(arguments: argparse.Namespace) -> list[str]:
+    names: list[str] = []
+    for back_end in arguments.back_ends.split(","):
+        names += ["mmap cold", "mmap warm"] if back_end == "mmap" else [back_end]
+    return names + (["transformers"] if arguments.transformers else [])
+
+
+def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str, Any]:
+    options = {
+        "kind": kind,
+        "model": str(model),
+        "target_ram_mb": arguments.target_ram_mb,
+        "context_length": arguments.context_length,
+        "prompt_tokens": arguments.prompt_tokens,
+        "new_tokens": arguments.new_tokens,
+        "cache_type": arguments.cache_type,
+        "threads": arguments.threads,
+        "realtime": arguments.realtime,
+    }
+    command = [sys.executable, __file__, "--child", json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    # In another process: its buffers must not count as the runtime's memory.
+    limits = subprocess.run(
+        [sys.executable, "-c", _LIMITS_PROGRAM, str(ROOT), str(arguments.threads), str(int(arguments.realtime))],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return {"kind": kind, **result, **json.loads(limits.stdout)}
+
+
+_LIMITS_PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[1] + "/benchmarks")
+import bench_generate
+print(json.dumps(bench_generate.machine_limits(int(sys.argv[2]), sys.argv[3] == "1")))
+"""
+
+
+def machine_limits(threads: int, realtime: bool) -> dict[str, Any]:
+    """Memory read rate in bytes per second and int8 multiply-accumulates per second; None without the library."""
+    libraries = sorted(ROOT.glob("build*/**/libmachine_limits.so"), key=lambda path: path.stat().st_mtime)
+    if not libraries:
+        return {"memory_rate": None, "int8_rate": None}
+    library = ctypes.CDLL(str(libraries[-1]))
+    library.loop_singular_bit_read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    library.loop_singular_bit_spin_int8_products.argtypes = [ctypes.c_int64, ctypes.c_int32]
+    library.loop_singular_bit_spin_int8_products.restype = ctypes.c_int64
+    data = mmap.mmap(-1, _LIMIT_BYTES)
+    data.madvise(mmap.MADV_HUGEPAGE)  # as the resident weights
+    address = ctypes.addressof((ctypes.c_char * _LIMIT_BYTES).from_buffer(data))
+    ctypes.memset(address, 1, _LIMIT_BYTES)
+    use_realtime(realtime)
+    memory, products = [], []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        library.loop_singular_bit_read_memory(address, _LIMIT_BYTES, threads)
+        memory.append(_LIMIT_BYTES / (time.perf_counter() - start))
+        start = time.perf_counter()
+        count = library.loop_singular_bit_spin_int8_products(1_000_000, threads)
+        products.append(count / (time.perf_counter() - start))
+    # The first round starts the threads.
+    return {"memory_rate": statistics.median(memory[1:]), "int8_rate": statistics.median(products[1:]) or None}
+
+
+def use_realtime(wanted: bool) -> None:
+    """For this process's present threads and those they start."""
+    if wanted:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
+
+
+def measure(options: dict[str, Any]) -> dict[str, Any]:
+    from loop_singular_bit import runtime_library
+    from loop_singular_bit.local_models import weight_files
+    from loop_singular_bit.streaming import StreamingManager, get_system_info
+
+    directory = Path(options["model"])
+    back_end, _, state = options["kind"].partition(" ")
+    budget = options["target_ram_mb"]
+    if back_end == "resident":
+        budget = None
+    elif budget is None:
+        budget = 1.5 * get_system_info(directory)["models"][0]["smallest_budget_mb"]
+    if state == "cold":
+        drop_from_cache(weight_files(directory))
+    start = time.perf_counter()
+    manager = StreamingManager(
+        directory,
+        budget,
+        None,
+        back_end=back_end,
+        context_length=options["context_length"],
+        cache_type=options["cache_type"],
+        threads=options["threads"],
+    )
+    prompt = [1 + i * 37 % (manager.vocabulary_size - 1) for i in range(options["prompt_tokens"])]
+    if state == "warm" or back_end == "resident":
+        list(manager.generate_tokens(prompt[:2], 2))
+        start = time.perf_counter()
+    use_realtime(options["realtime"])
+    model = manager._model
+    model.start(prompt[:16], {})
+    model.next()
+    first = time.perf_counter() - start
+    model.start(prompt, {})
+    begin = time.perf_counter()
+    model.next()
+    prefill = time.perf_counter() - begin
+    seconds, read = [], manager.statistics()["bytes_read"]
+    for _ in range(options["new_tokens"]):
+        begin = time.perf_counter()
+        model.next()
+        seconds.append(time.perf_counter() - begin)
+    statistic = manager.statistics()
+    read = (statistic["bytes_read"] - read) / options["new_tokens"]
+    # Past the page cache: what the disk gives now.
+    disk = runtime_library.read_rate(weight_files(directory)[0], _READ_BYTES)
+    return {
+        "seconds_to_first_token": first,
+        "prefill_tokens_per_second": len(prompt) / prefill,
+        "decode_seconds": statistics.median(seconds),
+        "read_bytes": read,
+        "disk_rate": disk,
+        "peak_resident_bytes": statistic["peak_resident_bytes"],
+        "plan": manager.plan,
+        "weights": packed_weights(directory),
+    }
+
+
+def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
+    """bfloat16 on the same shapes; the values are whatever memory holds as zeros: time does not depend on them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(options["threads"])
+    config = AutoConfig.from_pretrained(options["model"])
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    use_realtime(options["realtime"])
+    tokens = torch.ones(1, options["prompt_tokens"], dtype=torch.long)
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        output = model(tokens, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - begin
+        seconds = []
+        for _ in range(options["new_tokens"]):
+            begin = time.perf_counter()
+            output = model(tokens[:, :1], past_key_values=output.past_key_values, use_cache=True)
+            seconds.append(time.perf_counter() - begin)
+    nbytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {
+        "seconds_to_first_token": None,
+        "prefill_tokens_per_second": options["prompt_tokens"] / prefill,
+        "decode_seconds": statistics.median(seconds),
+        "read_bytes": 0,
+        "disk_rate": None,
+        "peak_resident_bytes": int(peak.split()[1]) * 1024,
+        "plan": {"weight_bytes": nbytes, "lines": []},
+        "weights": packed_weights(Path(options["model"])),
+    }
+
+
+def packed_weights(directory: Path) -> int:
+    """Weights of the linears in the layers: products per token of a prompt."""
+    modules = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"]
+    return sum(entry["out_features"] * entry["in_features"] for name, entry in modules.items() if ".layers." in name)
+
+
+def drop_from_cache(files: list[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| | first token, s | prefill, tokens/s (int8 peak) | decode, tokens/s | s/token | GB/s of weights "
+        "(memory) | GB/s read (disk) | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        seconds = result["decode_seconds"]
+        weights = result["plan"]["weight_bytes"] / seconds
+        read = result["read_bytes"] / seconds
+        products = result["prefill_tokens_per_second"] * result["weights"]
+        first = result["seconds_to_first_token"]
+        cells = [
+            result["kind"],
+            "-" if first is None else f"{first:.2f}",
+            f"{result['prefill_tokens_per_second']:.1f}{share(products, result['int8_rate'])}",
+            f"{1 / seconds:.2f}",
+            f"{seconds:.4f}",
+            f"{weights / 1e9:.2f}{share(weights, result['memory_rate'])}",
+            f"{read / 1e9:.2f}{share(read, result['disk_rate'])}" if read else "-",
+            f"{result['peak_resident_bytes'] / 1e6:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def share(value: float, limit: float | None) -> str:
+    return "" if not limit else f" ({value / limit:.0%} of {limit / 1e9:.2f} G)"
+
+
+def breakdown(results: list[dict[str, Any]]) -> str:
+    lines = ["| planned memory, MB | " + " | ".join(r["kind"] for r in results if r["plan"]["lines"]) + " |"]
+    planned = [result for result in results if result["plan"]["lines"]]
+    lines.append("|---" * (len(planned) + 1) + "|")
+    names = list(dict.fromkeys(line["name"] for result in planned for line in result["plan"]["lines"]))
+    for name in names:
+        amounts = [
+            next((f"{line['bytes'] / 1e6:.1f}" for line in result["plan"]["lines"] if line["name"] == name), "-")
+            for result in planned
+        ]
+        lines.append(f"| {name} | {' | '.join(amounts)} |")
+    totals = [f"{result['plan']['total_bytes'] / 1e6:.1f}" for result in planned]
+    lines.append(f"| in all | {' | '.join(totals)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
