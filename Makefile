@@ -15,10 +15,11 @@ demo: build
 
 test: test-cpp test-python
 
-test-cpp: .venv/installed .googletest-checked
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/tests -G Ninja -DLOOP_SINGULAR_BIT_TESTS=ON
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/tests -j $(JOBS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/tests --output-on-failure -j $(JOBS)
+# In the build folder of the operators, so that kernels are compiled once.
+test-cpp: build .googletest-checked
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/release -DLOOP_SINGULAR_BIT_TESTS=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/release -j $(JOBS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/release --output-on-failure -j $(JOBS)
 
 test-python: build .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -43,13 +44,15 @@ format: .venv/installed-lint
 
 # C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: .venv/installed .googletest-checked
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DLOOP_SINGULAR_BIT_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DLOOP_SINGULAR_BIT_TESTS=ON \
+	  -DLOOP_SINGULAR_BIT_SANITIZE=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize -j $(JOBS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
 # C++ kernel tests for 64-bit Arm, under qemu. Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user
 test-neon: .venv/installed .googletest-checked
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/neon -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/neon -G Ninja -DLOOP_SINGULAR_BIT_TESTS=ON \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/neon -j $(JOBS) --target kernel_tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/neon/csrc/kernels/tests --output-on-failure -j $(JOBS)
 

@@ -40,7 +40,7 @@ class CMakeBuild(build_ext):
         for tool in ("cmake", "ninja"):
             if shutil.which(tool) is None:
                 sys.exit(f"loop-singular-bit needs {tool} to build: run `pip install {tool}`.")
-        build = ROOT / "build" / "extension"
+        build = ROOT / "build" / "release"
         subprocess.run(
             [
                 "cmake",
@@ -52,11 +52,11 @@ class CMakeBuild(build_ext):
                 "Ninja",
                 f"-DPython3_EXECUTABLE={sys.executable}",
                 "-DLOOP_SINGULAR_BIT_EXTENSION=ON",
-                "-DLOOP_SINGULAR_BIT_TESTS=OFF",
             ],
             check=True,
         )
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        targets = ["loop_singular_bit_C", "loop_singular_bit_runtime_C"]
+        subprocess.run(["cmake", "--build", str(build), "--target", *targets], check=True)
         package = Path(self.get_ext_fullpath(ext.name)).parent
         package.mkdir(parents=True, exist_ok=True)
         for library in ("_C.so", "_runtime.so"):

@@ -15,8 +15,8 @@ namespace loop_singular_bit {
 
 enum class ElementType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-// How activations (input times column_scales) enter the products with the signs. Outliers and means always see the
-// float activations in decode, and what is written here in prefill.
+// How activations (input times column_scales) enter the products with the signs, and in prefill those with outliers. In
+// decode outliers see the float activations; means always do.
 enum class ActivationPrecision : int32_t {
   kInt8,   // decode: int8 per token, with the kExactColumns largest kept as float; prefill: int8 per token
   kInt16,  // 16 bits per token as two int8 halves
@@ -28,7 +28,7 @@ constexpr int64_t kActivationAlignment = 64;  // of every buffer that a kernel p
 // gemv takes at most this many tokens in one call.
 constexpr int64_t kMaxDecodeTokens = 8;
 
-// A token with a NaN or an infinity among its activations gives NaN in every output.
+// A token with a NaN or an infinity among its activations gives NaN or an infinity in every output.
 struct LinearInput {
   const void* data;    // [tokens, in_features]
   int64_t row_stride;  // elements from one token to the next

@@ -126,7 +126,7 @@ class WeightStream {
   size_t occupied_ = 0;  // slots in use, from front_ on
   int next_unit_ = 0;
   int wanted_ = -1;
-  bool is_paused_ = true;
+  bool is_paused_ = false;
   bool is_stopping_ = false;
   int64_t bytes_read_ = 0;
   double seconds_waited_ = 0.0;

@@ -79,7 +79,7 @@ inline bool find_grid_levels(const float (*scales)[kRowsPerTile], int64_t planes
 
 // Levels of all planes of a tile at once. False when some row's scales are on no grid: planes then go one by one.
 inline bool find_prefill_levels(const float (*scales)[kRowsPerTile], int64_t planes, int32_t largest_total,
-                              PrefillLevels* levels) {
+                                PrefillLevels* levels) {
   if (planes == 1) {
     single_plane_levels(scales[0], levels);
     return true;
