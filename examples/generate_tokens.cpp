@@ -1,7 +1,7 @@
 // The native runtime without Python: continues a sequence of token ids within a memory budget.
 //
-//   cmake -S . -B build/example && cmake --build build/example --target generate_tokens
-//   build/example/generate_tokens MODEL_DIRECTORY BUDGET_MB COUNT TOKEN...
+//   cmake -S . -B build/release && cmake --build build/release --target generate_tokens
+//   build/release/generate_tokens MODEL_DIRECTORY BUDGET_MB COUNT TOKEN...
 #include <cstdio>
 #include <cstdlib>
 #include <string>
