@@ -12,7 +12,8 @@ namespace loop_singular_bit {
 const std::vector<const KernelTable*>& supported_kernels();
 
 // The table in use: the one named by the environment variable LOOP_SINGULAR_BIT_ISA, else the best supported one.
-// nullptr when the variable names no supported table; kernel_selection_error() then says what was expected and what came.
+// nullptr when the variable names no supported table; kernel_selection_error() then says what was expected and what
+// came.
 const KernelTable* active_kernels();
 
 // Makes the named table the active one for the whole process. False, and no change, when it is unknown or unsupported.

@@ -14,8 +14,8 @@ constexpr int64_t kMaxInFeatures = 65536;  // outlier columns are uint16
 //
 // float16 values are passed as their bits. No pointer needs more than its element's alignment; kernels load unaligned.
 struct PackedWeightView {
-  const int32_t* signs;             // [row_tiles, planes, words, 32]; lane = row; bit b of word w = column 32w + b; 1 is +1
-  const uint16_t* scales;           // float16 [row_tiles, planes, 32]
+  const int32_t* signs;    // [row_tiles, planes, words, 32]; lane = row; bit b of word w = column 32w + b; 1 is +1
+  const uint16_t* scales;  // float16 [row_tiles, planes, 32]
   const uint16_t* outlier_columns;  // [row_tiles, outliers, 32], ascending within a row
   const int8_t* outlier_deltas;     // [row_tiles, outliers, 32], times outlier_scales
   const uint16_t* outlier_scales;   // float16 [row_tiles, 32]

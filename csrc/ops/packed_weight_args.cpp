@@ -19,8 +19,7 @@ void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dty
 PackedWeightView packed_weight_view(const at::Tensor& signs, const at::Tensor& scales,
                                     const at::Tensor& outlier_columns, const at::Tensor& outlier_deltas,
                                     const at::Tensor& outlier_scales, const std::optional<at::Tensor>& column_scales,
-                                    const std::optional<at::Tensor>& means, int64_t out_features,
-                                    int64_t in_features) {
+                                    const std::optional<at::Tensor>& means, int64_t out_features, int64_t in_features) {
   TORCH_CHECK(out_features >= 1, "out_features: expected at least 1, got ", out_features);
   TORCH_CHECK(in_features >= 1 && in_features <= kMaxInFeatures, "in_features: expected 1 to ", kMaxInFeatures,
               ", got ", in_features);

@@ -15,8 +15,7 @@ namespace loop_singular_bit {
 PackedWeightView packed_weight_view(const at::Tensor& signs, const at::Tensor& scales,
                                     const at::Tensor& outlier_columns, const at::Tensor& outlier_deltas,
                                     const at::Tensor& outlier_scales, const std::optional<at::Tensor>& column_scales,
-                                    const std::optional<at::Tensor>& means, int64_t out_features,
-                                    int64_t in_features);
+                                    const std::optional<at::Tensor>& means, int64_t out_features, int64_t in_features);
 
 // The active kernel table; raises when LOOP_SINGULAR_BIT_ISA names none that this machine supports.
 const KernelTable& checked_kernels();

@@ -1,5 +1,3 @@
-#include "simd/avx512.h"
-
 #include "generic/calibrated_quantize.h"
 #include "generic/column_scales.h"
 #include "generic/decoder.h"
@@ -8,6 +6,7 @@
 #include "generic/quantize.h"
 #include "isa/avx512vnni_linear.h"
 #include "kernel_table.h"
+#include "simd/avx512.h"
 
 namespace loop_singular_bit {
 
