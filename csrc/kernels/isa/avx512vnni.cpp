@@ -1,3 +1,5 @@
+#include "simd/avx512.h"
+
 #include "generic/calibrated_quantize.h"
 #include "generic/column_scales.h"
 #include "generic/decoder.h"
@@ -6,7 +8,6 @@
 #include "generic/quantize.h"
 #include "isa/avx512vnni_linear.h"
 #include "kernel_table.h"
-#include "simd/avx512.h"
 
 namespace loop_singular_bit {
 
