@@ -28,43 +28,45 @@ def check_torch() -> None:
         sys.exit(f"loop-singular-bit needs PyTorch 2.13 or newer and found {torch.__version__}: run `{install}`.")
 
 
-class CMakeBuild(build_ext):
-    """`_C.so` (the operators) and `_runtime.so` (the native runtime): plain shared libraries without a Python ABI tag,
-    which torch.ops.load_library and ctypes open."""
+# Extension -> CMake target. Both are plain shared libraries without a Python ABI tag, which torch.ops.load_library and
+# ctypes open: the operators, and the native runtime.
+TARGETS = {"loop_singular_bit._C": "loop_singular_bit_C", "loop_singular_bit._runtime": "loop_singular_bit_runtime_C"}
 
+
+class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
         check_torch()
         for tool in ("cmake", "ninja"):
             if shutil.which(tool) is None:
                 sys.exit(f"loop-singular-bit needs {tool} to build: run `pip install {tool}`.")
-        build = ROOT / "build" / "release"
-        subprocess.run(
-            [
-                "cmake",
-                "-S",
-                str(ROOT),
-                "-B",
-                str(build),
-                "-G",
-                "Ninja",
-                f"-DPython3_EXECUTABLE={sys.executable}",
-                "-DLOOP_SINGULAR_BIT_EXTENSION=ON",
-            ],
-            check=True,
-        )
-        targets = ["loop_singular_bit_C", "loop_singular_bit_runtime_C"]
-        subprocess.run(["cmake", "--build", str(build), "--target", *targets], check=True)
-        package = Path(self.get_ext_fullpath(ext.name)).parent
-        package.mkdir(parents=True, exist_ok=True)
-        for library in ("_C.so", "_runtime.so"):
-            # A new file, not new bytes in the old one: a running process may have the old one mapped.
-            fresh = package / f"{library}.new"
-            shutil.copyfile(build / library, fresh)
-            os.replace(fresh, package / library)
+        self.build_folder = ROOT / "build" / "release"
+        configure = ["cmake", "-S", str(ROOT), "-B", str(self.build_folder), "-G", "Ninja"]
+        options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DLOOP_SINGULAR_BIT_EXTENSION=ON"]
+        subprocess.run([*configure, *options], check=True)
+        subprocess.run(["cmake", "--build", str(self.build_folder), "--target", *TARGETS.values()], check=True)
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.build_folder / target.name, target)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            replace_file(
+                self.build_folder / f"{ext.name.rpartition('.')[2]}.so", ROOT / self.get_ext_filename(ext.name)
+            )
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """A new file, not new bytes in the old one: a running process may have the old one mapped."""
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.copyfile(source, fresh)
+    os.replace(fresh, target)
 
 
 check_torch()
-setup(ext_modules=[Extension("loop_singular_bit._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(name, sources=[]) for name in TARGETS], cmdclass={"build_ext": CMakeBuild})
