@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 BENCHMARKS = {
-    "packed_linear": ["benchmarks/bench_packed_linear.py"],
+    "packed_linear": ["benchmarks/bench_packed_linear.py", "--quick"],
     "quantize": ["benchmarks/bench_quantize.py"],
     "presets": ["benchmarks/bench_presets.py"],
     "sentence_embeddings": ["benchmarks/bench_sentence_embeddings.py"],

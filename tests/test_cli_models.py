@@ -208,4 +208,4 @@ def test_the_bundled_model_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0.002 < results["kl_divergence"] < 0.03 and results["grade"] in ("good", "transparent")
     assert results["top1_agreement"] > 0.85
     text = run_json(capsys, "generate", str(tmp_path / "packed"), "--prompt", "The old sailor looked at the")["text"]
-    assert "captain" in text or "sea" in text or "he" in text.split()
+    assert "said" in text and len(set(text.split())) > 8
