@@ -32,7 +32,8 @@ def measure(model: Path, texts: list[Path], preset: str, max_tokens: int | None)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed = Path(folder) / preset
-        summary = LoopCompressor(preset=preset, force=True).compress_model(model, packed)["compression_summary"]
+        compressor = LoopCompressor(preset=preset, force=True, target_ram_mb=None)
+        summary = compressor.compress_model(model, packed)["compression_summary"]
         quality = evaluate_language_model(
             AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32),
             AutoTokenizer.from_pretrained(model),

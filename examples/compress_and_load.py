@@ -14,7 +14,7 @@ from loop_singular_bit import LoopCompressor
 source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "books-llama-7m"
 destination = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(tempfile.mkdtemp()) / "packed"
 
-compressor = LoopCompressor(preset="b4")
+compressor = LoopCompressor(preset="b4", target_ram_mb=None)  # this process holds Transformers too
 results = compressor.compress_model(source, destination)
 summary = results["compression_summary"]
 print(f"{summary['layers_compressed']} layers, {summary['average_compression_ratio']:.2f}x smaller than in bfloat16")
