@@ -25,6 +25,8 @@ test-python: build .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: build .venv/installed-test
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/release -DLOOP_SINGULAR_BIT_BENCHMARKS=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/release --target machine_limits
 	$(BIN)/python benchmarks/run_all.py
 
 # Calibrated quantization on the bundled model: minutes, with tuning more.
