@@ -21,6 +21,7 @@ README = ROOT / "README.md"
 
 BENCHMARKS = {
     "packed_linear": ["benchmarks/bench_packed_linear.py", "--quick"],
+    "activation_precision": ["benchmarks/bench_activation_precision.py"],
     "quantize": ["benchmarks/bench_quantize.py"],
     "presets": ["benchmarks/bench_presets.py"],
     "sentence_embeddings": ["benchmarks/bench_sentence_embeddings.py"],
