@@ -8,7 +8,7 @@ const std::vector<const KernelTable*>& supported_kernels() {
   static const std::vector<const KernelTable*> tables = [] {
     std::vector<const KernelTable*> supported;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")) {
       supported.push_back(&kAvxVnniKernels);
     }
     supported.push_back(&kScalarKernels);
