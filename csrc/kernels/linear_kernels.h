@@ -3,7 +3,8 @@
 //   decode   few tokens: one pass over the stored bits for each token (gemv), bound by memory
 //   prefill  many tokens: a row tile is expanded once and used for all of them (gemm), bound by multiplications
 //
-// Either way the activations are prepared once for a call and then read by all row tiles. Every output element is
+// Either way the activations are prepared once for a call and then read by all row tiles. Preparing them looks at
+// in_features and column_scales of the weight only: they serve every weight that has the same. Every output element is
 // computed by one thread in one order: results do not depend on how row tiles are split.
 #pragma once
 
@@ -18,7 +19,7 @@ enum class ElementType : int32_t { kFloat32, kBFloat16, kFloat16 };
 // How activations (input times column_scales) enter the products with the signs, and in prefill those with outliers. In
 // decode outliers see the float activations; means always do.
 enum class ActivationPrecision : int32_t {
-  kInt8,   // decode: int8 per token, with the kExactColumns largest kept as float; prefill: int8 per token
+  kInt8,   // decode: a sign and 8 bits, prefill: int8; the kExactColumns largest are kept as float where they stand out
   kInt16,  // 16 bits per token as two int8 halves
   kExact,  // float32
 };
@@ -43,19 +44,23 @@ struct LinearOutput {
   const void* bias;  // [out_features], or nullptr
 };
 
+// The largest activations of a token, which are kept as float: their codes are 0.
+struct ExactColumns {
+  int32_t exact_count;
+  int32_t exact_columns[kExactColumns];
+  float exact_values[kExactColumns];
+};
+
 // One prepared token. The owner allocates decode_activation_bytes() at kActivationAlignment, zero before the first use,
 // and may hand the same memory to any later call of any table. The codes, whose form belongs to the instruction set,
 // follow the struct.
-struct DecodeActivations {
+struct DecodeActivations : ExactColumns {
   int64_t dirty_columns;  // `columns` is zero from here on
   float sum;              // of columns[0 .. in_features)
   float code_scale;       // activation ~ code_scale * code
-  int32_t code_sum;
+  int32_t code_sum;       // as the instruction set needs it: of the codes or of their magnitudes
   int32_t high_code_sum;  // where 16-bit codes are kept as 256 * high + low; code_sum is then of the low halves
   ActivationPrecision precision;
-  int32_t exact_count;  // the largest activations: their codes are 0
-  int32_t exact_columns[kExactColumns];
-  float exact_values[kExactColumns];
   // Every uint16 is in range here, so that no outlier column can lead out of the buffer.
   alignas(kActivationAlignment) float columns[kMaxInFeatures];
 };

@@ -49,6 +49,11 @@ TORCH_LIBRARY(loop_singular_bit, m) {
       "packed_linear(Tensor input, Tensor signs, Tensor scales, Tensor outlier_columns, Tensor outlier_deltas, "
       "Tensor outlier_scales, Tensor? column_scales, Tensor? means, Tensor? bias, int out_features, *, "
       "str activation_precision='int8') -> Tensor");
+  // weights: for each weight signs, scales, outlier_columns, outlier_deltas, outlier_scales, column_scales, means and
+  // bias, with an empty tensor for what it does not have.
+  m.def(
+      "packed_linear_group(Tensor input, Tensor[] weights, int[] out_features, *, str activation_precision='int8') "
+      "-> Tensor[]");
 
   // Instruction sets.
   m.def("isa() -> str", &loop_singular_bit::isa);

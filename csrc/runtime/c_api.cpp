@@ -24,6 +24,8 @@ const char* kind_name(ErrorKind kind) {
       return "usage";
     case ErrorKind::kCheckpoint:
       return "checkpoint";
+    case ErrorKind::kUnsupported:
+      return "unsupported";
     case ErrorKind::kDisk:
       return "disk";
     case ErrorKind::kMemoryBudget:

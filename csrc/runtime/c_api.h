@@ -14,8 +14,8 @@ extern "C" {
 
 typedef struct loop_singular_bit_model loop_singular_bit_model;
 
-/* Of the last failure in this thread: {"kind": "usage" | "checkpoint" | "disk" | "memory_budget" | "interrupted",
- * "message": "...", "needed_bytes": n}. Valid until the next call in this thread; not to be freed. */
+/* Of the last failure in this thread: {"kind": "usage" | "checkpoint" | "unsupported" | "disk" | "memory_budget" |
+ * "interrupted", "message": "...", "needed_bytes": n}. Valid until the next call in this thread; not to be freed. */
 const char* loop_singular_bit_error(void);
 void loop_singular_bit_free(char* text);
 

@@ -1,7 +1,9 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstring>
 
 #include "error.h"
 
@@ -12,10 +14,11 @@ constexpr int kLinearsPerLayer = 7;
 constexpr int64_t kQueriesPerTask = 64;
 constexpr int64_t kGatePerTask = 2048;
 // Below this many sign bits times tokens, handing work to another thread costs more than it saves.
-constexpr int64_t kSerialSigns = int64_t{1} << 19;
-// Ranges of row tiles per thread: a thread that is slowed down leaves the last one to the others, and long ranges are
-// read faster than short ones.
-constexpr int64_t kRangesPerThread = 2;
+constexpr int64_t kSerialSigns = int64_t{1} << 17;
+constexpr std::chrono::milliseconds kStopInterval{2};
+// From here on there are two ranges of row tiles per thread: one that is slowed down leaves its second to the others.
+// Fewer are longer, which is faster where nothing comes in between.
+constexpr int64_t kLongSigns = int64_t{1} << 22;
 
 // A view without memory, to ask kernels for sizes.
 PackedWeightView shape_of(const StoredMatrix& matrix) {
@@ -40,7 +43,8 @@ int64_t score_floats(const DecoderOptions& options) {
 }
 
 struct KernelBytes {
-  int64_t decode = 0;  // of one token
+  int64_t decode = 0;          // of one token
+  int64_t decode_touched = 0;  // of these, what becomes resident
   int64_t prefill_activations = 0;
   int64_t prefill_scratch = 0;  // per thread
 };
@@ -53,21 +57,33 @@ KernelBytes kernel_bytes(const PackedCheckpoint& checkpoint, const KernelTable& 
     const PackedWeightView view = shape_of(matrix);
     const ActivationPrecision precision = options.activation_precision;
     const int64_t tokens = options.prefill_tokens;
-    bytes.decode = std::max(bytes.decode, kernels.linear.decode_activation_bytes(matrix.in_features, precision));
+    const int64_t decode = kernels.linear.decode_activation_bytes(matrix.in_features, precision);
+    bytes.decode = std::max(bytes.decode, decode);
+    // What lies between the columns of a token and its codes is never written.
+    const int64_t unused = (kMaxInFeatures - matrix.in_features) * static_cast<int64_t>(sizeof(float));
+    bytes.decode_touched = std::max(bytes.decode_touched, decode - unused + 2 * kPageBytes);
     bytes.prefill_activations =
         std::max(bytes.prefill_activations, kernels.linear.prefill_activation_bytes(view, tokens, precision));
     bytes.prefill_scratch =
         std::max(bytes.prefill_scratch, page_ceiling(kernels.linear.prefill_scratch_bytes(view, tokens, precision)));
   }
   bytes.decode = page_ceiling(bytes.decode);
+  bytes.decode_touched = std::min(page_ceiling(bytes.decode_touched), bytes.decode);
   return bytes;
 }
 
+int64_t decode_tokens(const DecoderOptions& options) { return std::min(kMaxDecodeTokens, options.prefill_tokens); }
+
 void check_finite(const float* values, int64_t count, const char* what) {
-  // NaN and infinities, and nothing else, survive a multiplication with 0.
-  float sum = 0.0f;
-  for (int64_t i = 0; i < count; ++i) sum += values[i] * 0.0f;
-  if (sum == 0.0f) return;
+  // On the bits, so that the loop vectorizes: NaN and infinities have the largest exponent.
+  constexpr uint32_t kExponent = 0x7f800000u;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    largest = std::max(largest, bits & kExponent);
+  }
+  if (largest != kExponent) return;
   fail(ErrorKind::kCheckpoint, what, ": not a number among them: the weights overflow or are damaged");
 }
 
@@ -78,8 +94,9 @@ DecoderBytes Decoder::bytes(const PackedCheckpoint& checkpoint, const KernelTabl
   const ModelConfig& config = checkpoint.config();
   const KernelBytes kernel = kernel_bytes(checkpoint, kernels, options);
   const int64_t floats = options.prefill_tokens * (row_floats(config) + config.head_dim);
-  return {page_ceiling(floats * static_cast<int64_t>(sizeof(float))) + kMaxDecodeTokens * kernel.decode +
-              page_ceiling(kernel.prefill_activations) + options.threads * kernel.prefill_scratch,
+  return {page_ceiling(floats * static_cast<int64_t>(sizeof(float))) +
+              options.threads * (decode_tokens(options) * kernel.decode_touched + kernel.prefill_scratch) +
+              page_ceiling(kernel.prefill_activations),
           options.threads * score_floats(options) * static_cast<int64_t>(sizeof(float))};
 }
 
@@ -104,7 +121,9 @@ Decoder::Decoder(const PackedCheckpoint& checkpoint, WeightStream& stream, const
   const KernelBytes kernel = kernel_bytes(checkpoint_, kernels_, options_);
   rotation_ = PageMemory(rows * config_.head_dim * static_cast<int64_t>(sizeof(float)));
   decode_activation_bytes_ = kernel.decode;
-  decode_activations_ = PageMemory(kMaxDecodeTokens * kernel.decode);
+  decode_tokens_ = decode_tokens(options_);
+  decode_activations_ = PageMemory(options_.threads * decode_tokens_ * kernel.decode);
+  prepared_matrix_.assign(static_cast<size_t>(options_.threads), -1);
   prefill_activations_ = PageMemory(kernel.prefill_activations);
   prefill_scratch_bytes_ = kernel.prefill_scratch;
   prefill_scratch_ = PageMemory(options_.threads * kernel.prefill_scratch);
@@ -145,10 +164,11 @@ void Decoder::process(const int32_t* tokens, int64_t count, bool all_logits, flo
       fail(ErrorKind::kUsage, "tokens: expected 0 to ", config_.vocabulary - 1, ", got ", tokens[i], " at ", i);
     }
   }
+  const std::vector<float> frequencies = config_.rotary.frequencies(length_ + count);
   for (int64_t first = 0; first < count; first += options_.prefill_tokens) {
     const int64_t here = std::min(options_.prefill_tokens, count - first);
     const bool is_last = first + here == count;
-    process_chunk(tokens + first, here,
+    process_chunk(tokens + first, here, frequencies,
                   all_logits ? here
                   : is_last  ? 1
                              : 0,
@@ -156,46 +176,51 @@ void Decoder::process(const int32_t* tokens, int64_t count, bool all_logits, flo
   }
 }
 
-void Decoder::process_chunk(const int32_t* tokens, int64_t count, int64_t logit_tokens, float* logits) {
+void Decoder::process_chunk(const int32_t* tokens, int64_t count, const std::vector<float>& frequencies,
+                            int64_t logit_tokens, float* logits) {
   const int64_t hidden = config_.hidden_size;
-  const int64_t half = config_.head_dim / 2;
   for (int64_t t = 0; t < count; ++t) embed(tokens[t], residual_ + t * hidden);
-  float* const cosines = reinterpret_cast<float*>(rotation_.data());
-  float* const sines = cosines + options_.prefill_tokens * half;
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(length_ + t) * config_.rotary_frequencies[i];
-      cosines[t * half + i] = std::cos(angle);
-      sines[t * half + i] = std::sin(angle);
-    }
-  }
+  turn_positions(count, frequencies);
   for (int64_t index = 0; index < config_.layers; ++index) {
     const StoredLayer& layer = checkpoint_.layers()[index];
     const UnitRange* units = &unit_ranges_[index * kLinearsPerLayer];
     normalize_rows(layer.attention_norm, residual_, count, normed_);
-    linear(units[0], layer.query, normed_, hidden, count, queries_);
-    linear(units[1], layer.key, normed_, hidden, count, keys_);
-    linear(units[2], layer.value, normed_, hidden, count, values_);
+    linears({{units[0], layer.query, queries_}, {units[1], layer.key, keys_}, {units[2], layer.value, values_}},
+            normed_, hidden, count);
     attention(index, count);
-    linear(units[3], layer.output, queries_, config_.heads * config_.head_dim, count, normed_);
+    linears({{units[3], layer.output, normed_}}, queries_, config_.heads * config_.head_dim, count);
     add_rows(normed_, count);
     normalize_rows(layer.feed_forward_norm, residual_, count, normed_);
-    linear(units[4], layer.gate, normed_, hidden, count, gate_);
-    linear(units[5], layer.up, normed_, hidden, count, up_);
+    linears({{units[4], layer.gate, gate_}, {units[5], layer.up, up_}}, normed_, hidden, count);
     const int64_t values = count * config_.intermediate_size;
     pool_.for_each(values, kGatePerTask, [&](int64_t begin, int64_t end, int) {
       kernels_.decoder.gate(up_ + begin, end - begin, gate_ + begin);
     });
-    linear(units[6], layer.down, gate_, config_.intermediate_size, count, normed_);
+    linears({{units[6], layer.down, normed_}}, gate_, config_.intermediate_size, count);
     add_rows(normed_, count);
   }
   if (logit_tokens > 0) {
     const float* last = residual_ + (count - logit_tokens) * hidden;
     normalize_rows(checkpoint_.final_norm(), last, logit_tokens, normed_);
-    linear(unit_ranges_.back(), checkpoint_.head(), normed_, hidden, logit_tokens, logits);
+    linears({{unit_ranges_.back(), checkpoint_.head(), logits}}, normed_, hidden, logit_tokens);
     check_finite(logits, logit_tokens * config_.vocabulary, "logits");
   }
   length_ += count;
+}
+
+// Cosines and sines of the positions from length_ on.
+void Decoder::turn_positions(int64_t count, const std::vector<float>& frequencies) {
+  const int64_t half = config_.head_dim / 2;
+  const float factor = config_.rotary.attention_factor();
+  float* const cosines = reinterpret_cast<float*>(rotation_.data());
+  float* const sines = cosines + options_.prefill_tokens * half;
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(length_ + t) * frequencies[static_cast<size_t>(i)];
+      cosines[t * half + i] = factor * std::cos(angle);
+      sines[t * half + i] = factor * std::sin(angle);
+    }
+  }
 }
 
 // ---- embedding ----
@@ -271,61 +296,140 @@ void Decoder::read_dense_embedding(int32_t token, float* output) {
 
 // ---- linears ----
 
-void Decoder::linear(const UnitRange& units, const StoredLinear& linear, const float* input, int64_t input_stride,
-                     int64_t tokens, float* output) {
+// Looked at rarely: asking is a system call.
+void Decoder::stop_if_asked() {
+  if (!options_.should_stop) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - stop_asked_ < kStopInterval) return;
+  stop_asked_ = now;
+  if (options_.should_stop()) fail(ErrorKind::kInterrupted, "interrupted");
+}
+
+int64_t Decoder::grain(int64_t tiles, int64_t work) const {
+  if (work <= kSerialSigns) return tiles;
+  const int64_t ranges = pool_.threads() * (work < kLongSigns ? 1 : 2);
+  return (tiles + ranges - 1) / ranges;
+}
+
+bool Decoder::is_decode(const PackedWeightView& weight, int64_t tokens) const {
+  return tokens <= std::min(decode_tokens_, kernels_.linear.decode_token_limit(weight, options_.activation_precision));
+}
+
+// Linears of the same input. Where their weights are in memory they are one parallel region.
+void Decoder::linears(std::initializer_list<Application> applications, const float* input, int64_t input_stride,
+                      int64_t tokens) {
+  stop_if_asked();
+  bool is_together = true;
+  for (const Application& application : applications) {
+    const StoredMatrix& matrix = checkpoint_.matrices()[application.linear.matrix];
+    is_together = is_together && matrix.is_packed && is_decode(shape_of(matrix), tokens);
+    for (int i = 0; i < application.units.count; ++i) {
+      is_together = is_together && stream_.is_resident(application.units.first + i);
+    }
+  }
+  if (!is_together) {
+    for (const Application& application : applications) linear(application, input, input_stride, tokens);
+    return;
+  }
+  products_.clear();
+  for (const Application& application : applications) {
+    for (int i = 0; i < application.units.count; ++i) {
+      const UnitView view = stream_.resident_view(application.units.first + i);
+      products_.push_back(product_of(view, application.linear, application.output));
+    }
+  }
+  std::fill(prepared_matrix_.begin(), prepared_matrix_.end(), -1);
+  decode({input, input_stride, ElementType::kFloat32}, tokens);
+}
+
+void Decoder::linear(const Application& application, const float* input, int64_t input_stride, int64_t tokens) {
+  const StoredLinear& linear = application.linear;
   const StoredMatrix& matrix = checkpoint_.matrices()[linear.matrix];
-  for (int unit = units.first; unit < units.first + units.count; ++unit) {
-    if (options_.should_stop && options_.should_stop()) fail(ErrorKind::kInterrupted, "interrupted");
+  const LinearInput source{input, input_stride, ElementType::kFloat32};
+  std::fill(prepared_matrix_.begin(), prepared_matrix_.end(), -1);
+  for (int i = 0; i < application.units.count; ++i) {
+    stop_if_asked();
+    const int unit = application.units.first + i;
     const UnitView view = stream_.acquire(unit);
-    if (matrix.is_packed) {
-      packed_unit(view, linear, unit == units.first, input, input_stride, tokens, output, matrix.out_features);
-    } else {
+    if (!matrix.is_packed) {
       const float* bias = linear.bias.empty() ? nullptr : linear.bias.data() + view.first_row;
       pool_.for_each(view.rows, kRowsPerTile, [&](int64_t begin, int64_t end, int) {
         kernels_.decoder.dense_linear(view.dense, matrix.dense_type, matrix.in_features, begin, end, input,
-                                      input_stride, tokens, bias, output + view.first_row, matrix.out_features);
+                                      input_stride, tokens, bias, application.output + view.first_row,
+                                      matrix.out_features);
       });
+    } else if (is_decode(view.packed, tokens)) {
+      products_.assign(1, product_of(view, linear, application.output));
+      decode(source, tokens);
+    } else {
+      prefill(product_of(view, linear, application.output), i == 0, source, tokens);
     }
     stream_.release(unit);
   }
 }
 
-void Decoder::packed_unit(const UnitView& view, const StoredLinear& linear, bool is_first, const float* input,
-                          int64_t input_stride, int64_t tokens, float* output, int64_t output_stride) {
-  const LinearKernels& kernels = kernels_.linear;
-  const ActivationPrecision precision = options_.activation_precision;
-  const PackedWeightView& weight = view.packed;
-  const LinearInput source{input, input_stride, ElementType::kFloat32};
-  LinearOutput target{};
-  target.data = output + view.first_row;
-  target.row_stride = output_stride;
-  target.type = ElementType::kFloat32;
-  target.bias_type = ElementType::kFloat32;
-  target.bias = linear.bias.empty() ? nullptr : linear.bias.data() + view.first_row;
+Decoder::Product Decoder::product_of(const UnitView& view, const StoredLinear& linear, float* output) const {
+  Product product{};
+  product.weight = view.packed;
+  product.matrix = linear.matrix;
+  product.output.data = output + view.first_row;
+  product.output.row_stride = checkpoint_.matrices()[linear.matrix].out_features;
+  product.output.type = ElementType::kFloat32;
+  product.output.bias_type = ElementType::kFloat32;
+  product.output.bias = linear.bias.empty() ? nullptr : linear.bias.data() + view.first_row;
+  return product;
+}
 
-  const int64_t tiles = weight.row_tiles;
-  const bool is_small = tiles * kRowsPerTile * weight.in_features * weight.planes * tokens <= kSerialSigns;
-  const int64_t grain = is_small ? tiles : std::max<int64_t>(1, tiles / (pool_.threads() * kRangesPerThread));
-  if (tokens <= kernels.decode_token_limit(weight, precision)) {
+// products_, as one region over the row tiles of all of them.
+void Decoder::decode(const LinearInput& input, int64_t tokens) {
+  const LinearKernels& kernels = kernels_.linear;
+  int64_t tiles = 0;
+  int64_t signs = 0;
+  for (const Product& product : products_) {
+    const PackedWeightView& weight = product.weight;
+    tiles += weight.row_tiles;
+    signs += weight.row_tiles * kRowsPerTile * weight.in_features * weight.planes;
+  }
+  pool_.for_each(tiles, grain(tiles, signs * tokens), [&](int64_t begin, int64_t end, int thread) {
     DecodeActivations* prepared[kMaxDecodeTokens];
     for (int64_t t = 0; t < tokens; ++t) {
-      prepared[t] = reinterpret_cast<DecodeActivations*>(decode_activations_.data() + t * decode_activation_bytes_);
-      if (is_first) kernels.prepare_decode(weight, source, t, precision, prepared[t]);
+      prepared[t] = reinterpret_cast<DecodeActivations*>(decode_activations_.data() +
+                                                         (thread * decode_tokens_ + t) * decode_activation_bytes_);
     }
-    pool_.for_each(tiles, grain, [&](int64_t begin, int64_t end, int) {
-      kernels.gemv(weight, prepared, tokens, begin, end, target);
-    });
-    return;
-  }
+    int64_t first = 0;  // tile of the region that the product begins with
+    for (const Product& product : products_) {
+      const PackedWeightView& weight = product.weight;
+      const int64_t from = std::max(begin - first, int64_t{0});
+      const int64_t to = std::min(end - first, weight.row_tiles);
+      first += weight.row_tiles;
+      if (from >= to) continue;
+      int& prepared_matrix = prepared_matrix_[static_cast<size_t>(thread)];
+      if (prepared_matrix != product.matrix) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          kernels.prepare_decode(weight, input, t, options_.activation_precision, prepared[t]);
+        }
+        prepared_matrix = product.matrix;
+      }
+      kernels.gemv(weight, prepared, tokens, from, to, product.output);
+    }
+  });
+}
+
+void Decoder::prefill(const Product& product, bool is_first, const LinearInput& input, int64_t tokens) {
+  const LinearKernels& kernels = kernels_.linear;
+  const ActivationPrecision precision = options_.activation_precision;
+  const PackedWeightView& weight = product.weight;
   if (is_first) {
     const int64_t units = (tokens + kernels.prefill_unit_tokens - 1) / kernels.prefill_unit_tokens;
     pool_.for_each(units, 1, [&](int64_t begin, int64_t end, int) {
-      kernels.prepare_prefill(weight, source, tokens, begin, end, precision, prefill_activations_.data());
+      kernels.prepare_prefill(weight, input, tokens, begin, end, precision, prefill_activations_.data());
     });
   }
-  pool_.for_each(tiles, grain, [&](int64_t begin, int64_t end, int thread) {
+  const int64_t tiles = weight.row_tiles;
+  const int64_t signs = tiles * kRowsPerTile * weight.in_features * weight.planes;
+  pool_.for_each(tiles, grain(tiles, signs * tokens), [&](int64_t begin, int64_t end, int thread) {
     kernels.gemm(weight, prefill_activations_.data(), tokens, precision, begin, end,
-                 prefill_scratch_.data() + thread * prefill_scratch_bytes_, target);
+                 prefill_scratch_.data() + thread * prefill_scratch_bytes_, product.output);
   });
 }
 

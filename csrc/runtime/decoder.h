@@ -1,8 +1,10 @@
 // The forward pass of a decoder: tokens in, logits out, keys and values kept.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <vector>
 
 #include "kernel_table.h"
@@ -19,7 +21,7 @@ struct DecoderOptions {
   int64_t context = 0;         // positions of the cache
   int64_t prefill_tokens = 0;  // at most this many tokens share one pass over the weights
   int threads = 1;
-  std::function<bool()> should_stop;  // asked between units
+  std::function<bool()> should_stop;  // asked between units, every few milliseconds
 };
 
 // What the decoder allocates, apart from the cache.
@@ -50,15 +52,37 @@ class Decoder {
     int count;
   };
 
+  // A linear to be applied.
+  struct Application {
+    const UnitRange& units;
+    const StoredLinear& linear;
+    float* output;  // [tokens, out_features]
+  };
+
+  // A packed unit in memory, to be multiplied with few tokens.
+  struct Product {
+    PackedWeightView weight;
+    int matrix;
+    LinearOutput output;
+  };
+
   void embed(int32_t token, float* output);
   void read_packed_embedding(int32_t token, float* output);
   void read_dense_embedding(int32_t token, float* output);
-  void process_chunk(const int32_t* tokens, int64_t count, int64_t logit_tokens, float* logits);
+  void process_chunk(const int32_t* tokens, int64_t count, const std::vector<float>& frequencies, int64_t logit_tokens,
+                     float* logits);
+  void turn_positions(int64_t count, const std::vector<float>& frequencies);
   void attention(int64_t layer, int64_t tokens);
-  void linear(const UnitRange& units, const StoredLinear& linear, const float* input, int64_t input_stride,
-              int64_t tokens, float* output);
-  void packed_unit(const UnitView& view, const StoredLinear& linear, bool is_first, const float* input,
-                   int64_t input_stride, int64_t tokens, float* output, int64_t output_stride);
+  void linears(std::initializer_list<Application> applications, const float* input, int64_t input_stride,
+               int64_t tokens);
+  void linear(const Application& application, const float* input, int64_t input_stride, int64_t tokens);
+  Product product_of(const UnitView& view, const StoredLinear& linear, float* output) const;
+  void decode(const LinearInput& input, int64_t tokens);
+  void prefill(const Product& product, bool is_first, const LinearInput& input, int64_t tokens);
+  // Row tiles that a thread takes at a time, for this many sign bits times tokens.
+  int64_t grain(int64_t tiles, int64_t work) const;
+  bool is_decode(const PackedWeightView& weight, int64_t tokens) const;
+  void stop_if_asked();
   void normalize_rows(const std::vector<float>& weight, const float* input, int64_t tokens, float* output);
   void add_rows(const float* addend, int64_t tokens);
   float* floats(int64_t offset) const { return reinterpret_cast<float*>(memory_.data()) + offset; }
@@ -84,13 +108,20 @@ class Decoder {
   float* up_ = nullptr;
 
   PageMemory rotation_;  // cosines, then sines: [prefill_tokens, head_dim / 2]
+  // Every thread prepares the tokens of a decode step for itself: that takes a microsecond, and fetching what another
+  // core has just written takes many.
   PageMemory decode_activations_;
-  int64_t decode_activation_bytes_ = 0;
+  int64_t decode_activation_bytes_ = 0;  // per token
+  int64_t decode_tokens_ = 0;            // per thread
+  std::vector<int> prepared_matrix_;     // of each thread: the matrix its activations are prepared for; -1: none
+  std::vector<Product> products_;        // of the present decode()
   PageMemory prefill_activations_;
   PageMemory prefill_scratch_;
   int64_t prefill_scratch_bytes_ = 0;  // per thread
   PageMemory scores_;
   int64_t scores_per_thread_ = 0;
+
+  std::chrono::steady_clock::time_point stop_asked_{};
 
   std::vector<uint16_t> embedding_column_scales_;
   std::vector<std::byte> embedding_tile_;

@@ -10,7 +10,8 @@ namespace loop_singular_bit::runtime {
 
 enum class ErrorKind {
   kUsage,         // an argument is out of range
-  kCheckpoint,    // a checkpoint is damaged or of a kind that is not supported
+  kCheckpoint,    // a checkpoint is damaged
+  kUnsupported,   // a checkpoint is of a kind that this runtime does not run
   kDisk,          // a read failed, or a file changed while it was in use
   kMemoryBudget,  // the declared budget cannot be met, or was not
   kInterrupted,   // the caller asked to stop

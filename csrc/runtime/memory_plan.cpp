@@ -25,11 +25,11 @@ struct Sizes {
   int64_t prefill_tokens;
 };
 
-// From what is fastest to what is smallest: large units keep a disk busy, long chunks share a pass over the weights.
-constexpr Sizes kSizes[] = {{16 * kMiB, 512}, {8 * kMiB, 512}, {16 * kMiB, 256}, {8 * kMiB, 256},
-                            {8 * kMiB, 128},  {4 * kMiB, 128}, {8 * kMiB, 64},   {4 * kMiB, 64},
-                            {2 * kMiB, 64},   {4 * kMiB, 32},  {2 * kMiB, 32},   {2 * kMiB, 16},
-                            {1 * kMiB, 16},   {1 * kMiB, 8},   {kMiB / 4, 8},    {kMiB / 4, 1}};
+// From what is fastest to what is smallest. Large units keep a disk busy; from some hundred tokens on a pass over the
+// weights takes longer to compute than to read, and longer chunks gain little.
+constexpr Sizes kSizes[] = {{16 * kMiB, 512}, {16 * kMiB, 256}, {16 * kMiB, 128}, {8 * kMiB, 128}, {8 * kMiB, 64},
+                            {4 * kMiB, 64},   {4 * kMiB, 32},   {2 * kMiB, 32},   {2 * kMiB, 16},  {1 * kMiB, 16},
+                            {1 * kMiB, 8},    {kMiB / 4, 8},    {kMiB / 4, 1}};
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");

@@ -69,9 +69,11 @@ void Model::start(const std::vector<int32_t>& prompt, const SamplingOptions& sam
   if (prompt.empty()) fail(ErrorKind::kUsage, "prompt: expected at least one token");
   sampler_.emplace(sampling);
   int64_t shared = 0;
-  if (reuse_cache) {
+  const auto count = static_cast<int64_t>(prompt.size());
+  // Keys that were turned by other frequencies are of no use.
+  if (reuse_cache && std::max(decoder_->length(), count) <= config().rotary.fixed_length()) {
     // The last token is computed in any case: its logits are needed.
-    const int64_t most = std::min<int64_t>(decoder_->length(), static_cast<int64_t>(prompt.size()) - 1);
+    const int64_t most = std::min(decoder_->length(), count - 1);
     while (shared < most && tokens_[shared] == prompt[shared]) ++shared;
   }
   decoder_->truncate(shared);
@@ -116,7 +118,7 @@ double measure_read_rate(const std::string& path, int64_t bytes) {
   const int64_t total = std::min(bytes, file.size());
   std::atomic<int64_t> next{0};
   const auto read = [&] {
-    const PageMemory memory(kReadBytes);
+    const PageMemory memory(2 * kReadBytes, /*huge_pages=*/true);
     for (int64_t offset = 0; (offset = next.fetch_add(kReadBytes)) < total;) {
       file.read_pages(offset, kReadBytes, memory.data());
     }

@@ -1,8 +1,5 @@
 #include "model_config.h"
 
-#include <cmath>
-#include <numbers>
-
 #include "error.h"
 
 namespace loop_singular_bit::runtime {
@@ -12,7 +9,6 @@ constexpr int64_t kMaxExtent = int64_t{1} << 24;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxHeadDim = 1024;
 // Defaults of Transformers' configuration classes, for files that leave them out.
-constexpr double kDefaultRopeTheta = 10000.0;
 constexpr double kDefaultNormEpsilon = 1e-6;
 constexpr int64_t kDefaultWindow = 4096;
 constexpr int64_t kDefaultMaxWindowLayers = 28;
@@ -31,64 +27,9 @@ bool flag(const Json& config, const char* key) {
   return value != nullptr && value->boolean();
 }
 
-double number_or(const Json* object, const char* key, double fallback) {
-  const Json* value = object == nullptr ? nullptr : object->find(key);
+double number_or(const Json& object, const char* key, double fallback) {
+  const Json* value = object.find(key);
   return value == nullptr ? fallback : value->number();
-}
-
-double positive(const Json& value) {
-  if (!(value.number() > 0.0) || !std::isfinite(value.number())) {
-    fail(ErrorKind::kCheckpoint, value.where(), ": expected a positive number, got ", value.number());
-  }
-  return value.number();
-}
-
-// "Llama 3" scaling: wavelengths beyond the original context are stretched by `factor`, short ones stay, between them
-// the two are blended.
-void scale_llama3(const Json& rope, std::vector<float>& frequencies) {
-  const double factor = positive(rope.at("factor"));
-  const double low = positive(rope.at("low_freq_factor"));
-  const double high = positive(rope.at("high_freq_factor"));
-  const double context = positive(rope.at("original_max_position_embeddings"));
-  if (high <= low) fail(ErrorKind::kCheckpoint, rope.where(), ": expected high_freq_factor above low_freq_factor");
-  for (float& frequency : frequencies) {
-    const double wavelength = 2.0 * std::numbers::pi / frequency;
-    if (wavelength < context / high) continue;
-    if (wavelength > context / low) {
-      frequency = static_cast<float>(frequency / factor);
-      continue;
-    }
-    const double blend = (context / wavelength - low) / (high - low);
-    frequency = static_cast<float>((1.0 - blend) * frequency / factor + blend * frequency);
-  }
-}
-
-std::vector<float> rotary_frequencies(const Json& config, int64_t head_dim) {
-  const Json* rope = config.find("rope_parameters");
-  if (rope == nullptr) rope = config.find("rope_scaling");
-  const double theta = number_or(rope, "rope_theta", number_or(&config, "rope_theta", kDefaultRopeTheta));
-  if (!(theta > 0.0)) fail(ErrorKind::kCheckpoint, config.where(), ": rope_theta: expected a positive number");
-  const double partial = number_or(rope, "partial_rotary_factor", number_or(&config, "partial_rotary_factor", 1.0));
-  if (partial != 1.0) {
-    fail(ErrorKind::kCheckpoint, config.where(), ": partial_rotary_factor ", partial, " is not supported, only 1");
-  }
-  std::vector<float> frequencies;
-  for (int64_t i = 0; i < head_dim; i += 2) {
-    const float exponent = static_cast<float>(i) / static_cast<float>(head_dim);
-    frequencies.push_back(1.0f / static_cast<float>(std::pow(theta, static_cast<double>(exponent))));
-  }
-  const Json* type = rope == nullptr ? nullptr : rope->find("rope_type");
-  if (rope != nullptr && type == nullptr) type = rope->find("type");
-  const std::string name = type == nullptr ? "default" : type->string();
-  if (name == "linear") {
-    const double factor = positive(rope->at("factor"));
-    for (float& frequency : frequencies) frequency = static_cast<float>(frequency / factor);
-  } else if (name == "llama3") {
-    scale_llama3(*rope, frequencies);
-  } else if (name != "default") {
-    fail(ErrorKind::kCheckpoint, type->where(), ": expected default, linear or llama3, got ", json_quoted(name));
-  }
-  return frequencies;
 }
 
 std::vector<int64_t> attention_windows(const Json& config, const ModelConfig& model) {
@@ -142,7 +83,7 @@ ModelConfig parse_model_config(const Json& config) {
   model.model_type = config.at("model_type").string();
   if (model.model_type != "llama" && model.model_type != "mistral" && model.model_type != "qwen2" &&
       model.model_type != "qwen3") {
-    fail(ErrorKind::kCheckpoint, config.at("model_type").where(),
+    fail(ErrorKind::kUnsupported, config.at("model_type").where(),
          ": the native runtime runs llama, mistral, qwen2 and qwen3, not ", json_quoted(model.model_type));
   }
   model.hidden_size = extent(config, "hidden_size");
@@ -167,15 +108,16 @@ ModelConfig parse_model_config(const Json& config) {
   }
   model.vocabulary = extent(config, "vocab_size");
   model.max_positions = extent(config, "max_position_embeddings", int64_t{1} << 32);
-  model.norm_epsilon = static_cast<float>(number_or(&config, "rms_norm_eps", kDefaultNormEpsilon));
+  model.norm_epsilon = static_cast<float>(number_or(config, "rms_norm_eps", kDefaultNormEpsilon));
   model.tied_head = flag(config, "tie_word_embeddings");
   model.query_key_norms = model.model_type == "qwen3";
   const Json* activation = config.find("hidden_act");
   if (activation != nullptr && activation->string() != "silu") {
-    fail(ErrorKind::kCheckpoint, activation->where(), ": expected silu, got ", json_quoted(activation->string()));
+    fail(ErrorKind::kUnsupported, activation->where(), ": expected silu, got ", json_quoted(activation->string()));
   }
   model.windows = attention_windows(config, model);
-  model.rotary_frequencies = rotary_frequencies(config, model.head_dim);
+  model.rotary = RotaryEmbedding(config, model.head_dim, model.max_positions);
+  model.max_positions = model.rotary.max_positions();
   model.end_tokens = end_tokens(config);
   return model;
 }

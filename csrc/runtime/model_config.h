@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "json.h"
+#include "rotary_embedding.h"
 
 namespace loop_singular_bit::runtime {
 
@@ -24,8 +25,7 @@ struct ModelConfig {
   bool query_key_norms;
   // Per layer: a query at position q sees the positions above q - window; 0 means all.
   std::vector<int64_t> windows;
-  // [head_dim / 2]: angle of a position = position * frequency, in float32.
-  std::vector<float> rotary_frequencies;
+  RotaryEmbedding rotary;
   std::vector<int32_t> end_tokens;
 };
 

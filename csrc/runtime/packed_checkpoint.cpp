@@ -209,7 +209,7 @@ void PackedCheckpoint::take_packed_parts(StoredMatrix& matrix, const Json& field
   static constexpr const char* kKeys[] = {"kind",     "out_features",  "in_features", "planes",
                                           "outliers", "column_scales", "means"};
   for (const auto& [key, value] : fields.object()) {
-    if (std::none_of(std::begin(kKeys), std::end(kKeys), [&](const char* known) { return key == known; })) {
+    if (std::find(std::begin(kKeys), std::end(kKeys), key) == std::end(kKeys)) {
       fail(ErrorKind::kCheckpoint, value.where(), ": this key is unknown");
     }
   }

@@ -38,39 +38,45 @@ ThreadPool::ThreadPool(int threads) {
 
 ThreadPool::~ThreadPool() {
   is_stopping_.store(true, std::memory_order_relaxed);
-  epoch_.fetch_add(1, std::memory_order_release);
-  epoch_.notify_all();
+  region_.fetch_add(1, std::memory_order_release);
+  region_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::take_ranges(int thread) {
+void ThreadPool::take_ranges(uint32_t region, int thread) {
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
   for (;;) {
-    const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (begin >= count_) return;
+    const auto unclaimed = static_cast<uint32_t>(ticket);
+    if (ticket >> 32 != region || unclaimed == 0) return;
+    if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acquire)) continue;
+    const int64_t begin = static_cast<int64_t>(ranges_ - unclaimed) * grain_;
     call_(context_, begin, std::min(begin + grain_, count_), thread);
+    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+    ticket = ticket_.load(std::memory_order_acquire);
   }
 }
 
 void ThreadPool::run(int64_t count, int64_t grain, Call call, const void* context) {
   count_ = count;
   grain_ = grain;
+  ranges_ = static_cast<uint32_t>((count + grain - 1) / grain);
   call_ = call;
   context_ = context;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1, std::memory_order_release);
-  epoch_.notify_all();
-  take_ranges(0);
-  for (uint32_t busy = busy_.load(std::memory_order_acquire); busy != 0;) busy = wait_for_change(busy_, busy);
+  pending_.store(ranges_, std::memory_order_relaxed);
+  const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
+  ticket_.store(uint64_t{region} << 32 | ranges_, std::memory_order_release);
+  region_.store(region, std::memory_order_release);
+  region_.notify_all();
+  take_ranges(region, 0);
+  for (uint32_t left = pending_.load(std::memory_order_acquire); left != 0;) left = wait_for_change(pending_, left);
 }
 
 void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    seen = wait_for_change(epoch_, seen);
+    seen = wait_for_change(region_, seen);
     if (is_stopping_.load(std::memory_order_relaxed)) return;
-    take_ranges(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+    take_ranges(seen, thread);
   }
 }
 

@@ -38,17 +38,20 @@ class ThreadPool {
 
   void run(int64_t count, int64_t grain, Call call, const void* context);
   void work(int thread);
-  void take_ranges(int thread);
+  void take_ranges(uint32_t region, int thread);
 
   std::vector<std::thread> workers_;
-  // The region that is running; written before `epoch_` says so.
+  // The region that is running. Read only by threads that have claimed a range of it: it stays until they are done.
   int64_t count_ = 0;
   int64_t grain_ = 1;
+  uint32_t ranges_ = 0;
   Call call_ = nullptr;
   const void* context_ = nullptr;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<uint32_t> busy_{0};
+  // Number of the region in the upper half, ranges that nobody has claimed in the lower: who comes late finds nothing,
+  // and nobody waits for a thread that the system has put to sleep between regions.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<uint32_t> region_{0};
+  alignas(64) std::atomic<uint32_t> pending_{0};  // ranges that are not finished
   std::atomic<bool> is_stopping_{false};
 };
 

@@ -1,8 +1,9 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
 // A unit is one linear, or some row tiles of it. Units at the start of the order may be pinned: they stay in memory
-// after their first use. The others pass through two fixed buffers (direct), or through the page cache with their pages
-// dropped after use (mmap). Threads of its own read ahead; every unit is checked before it is handed out.
+// after their first use. The others pass through a ring that holds two of the largest, or more smaller ones (direct),
+// or through the page cache with their pages dropped after use (mmap). Threads of its own read ahead; every unit is
+// checked before it is handed out.
 #pragma once
 
 #include <condition_variable>
@@ -91,8 +92,9 @@ class WeightStream {
     size_t issued = 0;
     size_t done = 0;
     std::byte* base = nullptr;
+    int64_t ring_begin = 0;  // bytes that the unit occupies
+    int64_t ring_end = 0;
     std::exception_ptr error;
-    PageMemory memory;
   };
 
   // Pinned units are copies: a mapping whose file is cut short later would end the process with a signal.
@@ -105,7 +107,9 @@ class WeightStream {
   void read_range(int unit, const PageRange& range, std::byte* base) const;
   void finish(int unit, std::byte* base) const;
   void read_ahead();
-  bool take_work(std::unique_lock<std::mutex>& lock, Slot** slot, size_t* range);
+  bool take_work(Slot** slot, size_t* range);
+  int64_t ring_bytes_of(int unit) const { return is_pinned(unit) ? 0 : units_[unit].buffer_bytes; }
+  int64_t free_ring_offset(int64_t bytes) const;
   void drain(std::unique_lock<std::mutex>& lock);
 
   const PackedCheckpoint& checkpoint_;
@@ -121,6 +125,9 @@ class WeightStream {
   mutable std::mutex mutex_;
   std::condition_variable work_;
   std::condition_variable progress_;
+  // Mapped units count as well: so many bytes of the page cache are mapped at a time.
+  int64_t ring_bytes_ = 0;
+  PageMemory ring_;
   std::vector<Slot> slots_;
   size_t front_ = 0;     // the oldest slot in use
   size_t occupied_ = 0;  // slots in use, from front_ on

@@ -41,27 +41,49 @@ inline F32x16 load_scaled(const PackedWeightView& weight, const LinearInput& inp
 constexpr int64_t kGroupVectors = kExactGroups / kLanes;
 
 struct ColumnStatistics {
-  float sum;
+  float sum, square_sum;
   F32x16 group_max[kGroupVectors];  // of the magnitudes; column k belongs to group k % 64
 };
 
-// columns[0 .. in_features) and zeros up to the next multiple of 64; nullptr: statistics only.
+// Writes columns[0 .. in_features) and zeros up to the next multiple of 64.
 template <ElementType kType>
 inline ColumnStatistics scale_columns(const PackedWeightView& weight, const LinearInput& input, int64_t token,
                                       float* columns) {
   ColumnStatistics statistics;
-  F32x16 sum[kGroupVectors];
+  F32x16 sum[kGroupVectors], square_sum = splat(0.0f);
   for (int64_t i = 0; i < kGroupVectors; ++i) statistics.group_max[i] = sum[i] = splat(0.0f);
   for (int64_t k = 0; k < weight.in_features; k += kExactGroups) {
     for (int64_t i = 0; i < kGroupVectors; ++i) {
       const F32x16 value = load_scaled<kType>(weight, input, token, k + i * kLanes);
-      if (columns != nullptr) store(columns + k + i * kLanes, value);
+      store(columns + k + i * kLanes, value);
       sum[i] = add(sum[i], value);
+      square_sum = fused_multiply_add(value, value, square_sum);
       statistics.group_max[i] = max(magnitude(value), statistics.group_max[i]);
     }
   }
   statistics.sum = total_of_lanes(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  statistics.square_sum = total_of_lanes(square_sum);
   return statistics;
+}
+
+struct TokenRange {
+  float sum, square_sum, largest;
+};
+
+template <ElementType kType>
+inline TokenRange range_of(const PackedWeightView& weight, const LinearInput& input, int64_t token) {
+  F32x16 sum[2], square_sum[2], largest[2];
+  for (int i = 0; i < 2; ++i) sum[i] = square_sum[i] = largest[i] = splat(0.0f);
+  for (int64_t k = 0; k < weight.in_features; k += 2 * kLanes) {
+    for (int i = 0; i < 2; ++i) {
+      const F32x16 value = load_scaled<kType>(weight, input, token, k + i * kLanes);
+      sum[i] = add(sum[i], value);
+      square_sum[i] = fused_multiply_add(value, value, square_sum[i]);
+      largest[i] = max(magnitude(value), largest[i]);
+    }
+  }
+  return {total_of_lanes(add(sum[0], sum[1])), total_of_lanes(add(square_sum[0], square_sum[1])),
+          largest_of_lanes(max(largest[0], largest[1]))};
 }
 
 inline float largest_of(const F32x16 magnitudes[kGroupVectors]) {

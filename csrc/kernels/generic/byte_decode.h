@@ -25,29 +25,51 @@ struct RowSums {
   F32x16 half[2];
 };
 
+// What multiplies the sign words. kInt16: signed codes. kInt8: unsigned ones, and a word of flips for every word: signs
+// of columns with negative activations change.
+struct DecodeCodes {
+  const int8_t* codes;
+  const int32_t* flips;  // nullptr: codes are signed
+
+  DecodeCodes from_word(int64_t word) const {
+    return {codes + word * kColumnsPerWord, flips != nullptr ? flips + word : nullptr};
+  }
+};
+
+template <bool kIsSigned, int kGroup>
+inline Counts16 accumulate(Counts16 sums, Bytes64 bits, ByteGroups groups) {
+  if constexpr (kIsSigned) {
+    return dot_accumulate<kGroup>(sums, bits, groups);
+  } else {
+    return dot_accumulate_unsigned<kGroup>(sums, bits, groups);
+  }
+}
+
 // sums[b] += 2^b times the sum of the codes in columns b and b + 4 of every byte, where the sign is +. Four masks and a
 // shift: eight accumulators would not fit the registers. A function of its own: inlined into sum_signed_codes(), g++ 12
 // keeps the accumulators of both halves of the tile alive, on the stack.
-template <bool kPrefetches>
-__attribute__((noinline)) void add_positive(const int32_t* signs, const int8_t* codes, int64_t words,
+template <bool kPrefetches, bool kIsSigned>
+__attribute__((noinline)) void add_positive(const int32_t* signs, DecodeCodes of_words, int64_t words,
                                             Counts16 sums[4]) {
+  const int8_t* codes = of_words.codes;
   Counts16 sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
   for (int64_t word = 0; word < words; ++word, signs += kRowsPerTile, codes += kColumnsPerWord) {
     if (kPrefetches) {
       prefetch(signs, kSignsAhead);
       prefetch(signs + kHalfTile, kSignsAhead);
     }
-    const Bytes64 lower = load_bytes(signs);
+    Bytes64 lower = load_bytes(signs);
+    if constexpr (!kIsSigned) lower = bytes_xor_words(lower, of_words.flips[word]);
     const ByteGroups groups = load_groups(codes);
-    sum0 = dot_accumulate<0>(sum0, keep_low_bit<0>(lower), groups);
-    sum1 = dot_accumulate<1>(sum1, keep_low_bit<1>(lower), groups);
-    sum2 = dot_accumulate<2>(sum2, keep_low_bit<2>(lower), groups);
-    sum3 = dot_accumulate<3>(sum3, keep_low_bit<3>(lower), groups);
+    sum0 = accumulate<kIsSigned, 0>(sum0, keep_low_bit<0>(lower), groups);
+    sum1 = accumulate<kIsSigned, 1>(sum1, keep_low_bit<1>(lower), groups);
+    sum2 = accumulate<kIsSigned, 2>(sum2, keep_low_bit<2>(lower), groups);
+    sum3 = accumulate<kIsSigned, 3>(sum3, keep_low_bit<3>(lower), groups);
     const Bytes64 upper = upper_bits(lower);
-    sum0 = dot_accumulate<4>(sum0, keep_low_bit<0>(upper), groups);
-    sum1 = dot_accumulate<5>(sum1, keep_low_bit<1>(upper), groups);
-    sum2 = dot_accumulate<6>(sum2, keep_low_bit<2>(upper), groups);
-    sum3 = dot_accumulate<7>(sum3, keep_low_bit<3>(upper), groups);
+    sum0 = accumulate<kIsSigned, 4>(sum0, keep_low_bit<0>(upper), groups);
+    sum1 = accumulate<kIsSigned, 5>(sum1, keep_low_bit<1>(upper), groups);
+    sum2 = accumulate<kIsSigned, 6>(sum2, keep_low_bit<2>(upper), groups);
+    sum3 = accumulate<kIsSigned, 7>(sum3, keep_low_bit<3>(upper), groups);
   }
   sums[0] = sum0;
   sums[1] = sum1;
@@ -57,9 +79,10 @@ __attribute__((noinline)) void add_positive(const int32_t* signs, const int8_t* 
 
 // sum over all columns of sign * code, for the rows of a tile.
 //
-// sums[b] is at most 65536 / 4 columns x 2^3 x 128 = 2^24 and a multiple of 2^b; the result is at most 2^23: exact,
-// also in float.
-inline RowSums sum_signed_codes(const int32_t* plane, const int8_t* codes, int64_t words, int32_t code_sum) {
+// sums[b] is at most 65536 / 4 columns x 2^3 x 255 < 2^25 and a multiple of 2^b; the result is at most 65536 x 255 <
+// 2^24: exact, also in float.
+template <bool kIsSigned>
+inline RowSums sum_signed_codes(const int32_t* plane, const DecodeCodes& codes, int64_t words, int32_t code_sum) {
   constexpr int64_t kWordsPerChunk = 32;  // the second half tile finds its signs in L1
   Counts16 sums[2][4];
   for (auto& of_half : sums) {
@@ -68,8 +91,8 @@ inline RowSums sum_signed_codes(const int32_t* plane, const int8_t* codes, int64
   for (int64_t word = 0; word < words; word += kWordsPerChunk) {
     const int64_t count = words - word < kWordsPerChunk ? words - word : kWordsPerChunk;
     const int32_t* signs = plane + word * kRowsPerTile;
-    add_positive<true>(signs, codes + word * kColumnsPerWord, count, sums[0]);
-    add_positive<false>(signs + kHalfTile, codes + word * kColumnsPerWord, count, sums[1]);
+    add_positive<true, kIsSigned>(signs, codes.from_word(word), count, sums[0]);
+    add_positive<false, kIsSigned>(signs + kHalfTile, codes.from_word(word), count, sums[1]);
   }
   RowSums result;
   for (int half = 0; half < 2; ++half) {
@@ -199,14 +222,15 @@ inline RowSums linear_tile(const PackedWeightView& weight, const DecodeActivatio
         sum_signed_columns<1>(signs + half * kHalfTile, &columns, &activations.sum, weight.words, &sums.half[half]);
       }
     } else if (activations.precision == ActivationPrecision::kInt16) {
-      const RowSums high = sum_signed_codes(signs, codes, weight.words, activations.high_code_sum);
-      const RowSums low =
-          sum_signed_codes(signs, codes + weight.words * kColumnsPerWord, weight.words, activations.code_sum);
+      const RowSums high = sum_signed_codes<true>(signs, {codes, nullptr}, weight.words, activations.high_code_sum);
+      const RowSums low = sum_signed_codes<true>(signs, {codes + weight.words * kColumnsPerWord, nullptr}, weight.words,
+                                                 activations.code_sum);
       for (int64_t half = 0; half < 2; ++half) {
         sums.half[half] = mul(code_scale, fused_multiply_add(splat(256.0f), high.half[half], low.half[half]));
       }
     } else {
-      const RowSums coded = sum_signed_codes(signs, codes, weight.words, activations.code_sum);
+      const int32_t* flips = reinterpret_cast<const int32_t*>(codes + weight.words * kColumnsPerWord);
+      const RowSums coded = sum_signed_codes<false>(signs, {codes, flips}, weight.words, activations.code_sum);
       for (int64_t half = 0; half < 2; ++half) {
         const F32x16 exact = sum_exact_columns(signs + half * kHalfTile, activations);
         sums.half[half] = fused_multiply_add(code_scale, coded.half[half], exact);
@@ -240,15 +264,34 @@ inline void gemv(const PackedWeightView& weight, const DecodeActivations* const*
   }
 }
 
-// Codes behind a DecodeActivations: grouped by bit; for kInt16 the high halves, then the low.
+// Codes behind a DecodeActivations, grouped by bit: magnitudes and then a word of flips for every word; for kInt16 the
+// high halves, then the low.
 inline int64_t decode_activation_bytes(int64_t in_features, ActivationPrecision precision) {
   const int64_t words = (in_features + kColumnsPerWord - 1) / kColumnsPerWord;
-  const int64_t halves = precision == ActivationPrecision::kInt16 ? 2 : 1;
-  return static_cast<int64_t>(sizeof(DecodeActivations)) + halves * words * kColumnsPerWord;
+  const int64_t of_word =
+      precision == ActivationPrecision::kInt16 ? 2 * kColumnsPerWord : kColumnsPerWord + int64_t{sizeof(int32_t)};
+  return static_cast<int64_t>(sizeof(DecodeActivations)) + words * of_word;
 }
 
-template <int kHalves>
-inline void encode_columns(const PackedWeightView& weight, float inverse_scale, DecodeActivations* activations) {
+inline void encode_magnitudes(const PackedWeightView& weight, float inverse_scale, DecodeActivations* activations) {
+  const F32x16 inverse_scales = splat(inverse_scale), zeros = splat(0.0f);
+  int8_t* codes = reinterpret_cast<int8_t*>(activations + 1);
+  int32_t* flips = reinterpret_cast<int32_t*>(codes + weight.words * kColumnsPerWord);
+  Int32x4 sum = zero_sums();
+  for (int64_t word = 0; word < weight.words; ++word) {
+    const float* columns = activations->columns + word * kColumnsPerWord;
+    const F32x16 first = load(columns), second = load(columns + kLanes);
+    const Codes32 grouped = group_by_bit(round_to_uint8(mul(magnitude(first), inverse_scales)),
+                                         round_to_uint8(mul(magnitude(second), inverse_scales)));
+    sum = add_unsigned_codes(sum, grouped);
+    store_codes(codes + word * kColumnsPerWord, grouped);
+    flips[word] = static_cast<int32_t>(mask_bits(greater(zeros, first)) | mask_bits(greater(zeros, second)) << kLanes);
+  }
+  activations->code_sum = total(sum);
+}
+
+inline void encode_halves(const PackedWeightView& weight, float inverse_scale, DecodeActivations* activations) {
+  constexpr int kHalves = 2;
   const F32x16 inverse_scales = splat(inverse_scale);
   int8_t* codes = reinterpret_cast<int8_t*>(activations + 1);
   Int32x4 sums[kHalves];
@@ -275,16 +318,19 @@ inline void prepare_decode(const PackedWeightView& weight, const LinearInput& in
   activations->precision = precision;
   activations->exact_count = 0;
   if (precision == ActivationPrecision::kExact) return;
+  float largest = largest_of(statistics.group_max);
   if (precision == ActivationPrecision::kInt16) {
-    const CodeScale scale = code_scale(largest_of(statistics.group_max), statistics.sum, precision);
+    const CodeScale scale = code_scale(largest, statistics.sum, kInt16CodeMax);
     activations->code_scale = scale.scale;
-    return encode_columns<2>(weight, scale.inverse, activations);
+    return encode_halves(weight, scale.inverse, activations);
   }
-  const float largest = select_exact_columns(statistics, weight.in_features, activations);
-  const CodeScale scale = code_scale(largest, statistics.sum, precision);
+  const auto select = [&] { return select_exact_columns(statistics, weight.in_features, activations); };
+  largest = select_if_outstanding(kDecodeOutstanding, largest, statistics.square_sum, weight.in_features, select,
+                                  activations);
+  const CodeScale scale = code_scale(largest, statistics.sum, kMagnitudeCodeMax);
   activations->code_scale = scale.scale;
   for (int32_t i = 0; i < activations->exact_count; ++i) columns[activations->exact_columns[i]] = 0.0f;
-  encode_columns<1>(weight, scale.inverse, activations);
+  encode_magnitudes(weight, scale.inverse, activations);
   for (int32_t i = 0; i < activations->exact_count; ++i) {
     columns[activations->exact_columns[i]] = activations->exact_values[i];
   }

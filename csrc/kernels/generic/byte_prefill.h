@@ -1,11 +1,12 @@
 // Prefill by byte products: a row tile is expanded to levels once and multiplied with the codes of all tokens; outliers
-// are multiplied four at a time with codes that lie token by token. Include after a simd/ header with products of
-// bytes.
+// are multiplied four at a time with codes that lie token by token. Exact columns are added in float. Include after a
+// simd/ header with products of bytes.
 #pragma once
 
 #include "generic/byte_activations.h"
 #include "generic/byte_decode.h"
 #include "generic/byte_levels.h"
+#include "generic/prefill_exact_columns.h"
 #include "linear_kernels.h"
 
 namespace loop_singular_bit {
@@ -32,16 +33,26 @@ struct PrefillUnit {
 class UnitLayout {
  public:
   UnitLayout(const PackedWeightView& weight, ActivationPrecision precision)
-      : halves_(precision == ActivationPrecision::kInt16 ? 2 : 1),
-        is_exact_(precision == ActivationPrecision::kExact),
+      : precision_(precision),
+        halves_(precision == ActivationPrecision::kInt16 ? 2 : 1),
+        in_features_(weight.in_features),
         padded_columns_(round_up(weight.in_features, 64)),
         code_stride_(weight.words * kColumnsPerWord + kActivationAlignment) {}
 
   int halves() const { return halves_; }
 
   int64_t unit_bytes() const {
-    if (is_exact_) return header_bytes() + kUnitTokens * column_stride() * static_cast<int64_t>(sizeof(float));
-    return header_bytes() + halves_ * kUnitTokens * (code_stride_ + padded_columns_);
+    if (precision_ == ActivationPrecision::kExact) {
+      return header_bytes() + kUnitTokens * column_stride() * static_cast<int64_t>(sizeof(float));
+    }
+    const int64_t exact_bytes =
+        has_exact_columns() ? align(UnitExactColumns::bytes(in_features_, kUnitTokens)) : int64_t{0};
+    return header_bytes() + halves_ * kUnitTokens * (code_stride_ + padded_columns_) + exact_bytes;
+  }
+
+  bool has_exact_columns() const { return precision_ == ActivationPrecision::kInt8; }
+  UnitExactColumns exact_columns(void* unit) const {
+    return UnitExactColumns(in_features_, kUnitTokens, token_lanes(unit, halves_));
   }
 
   // kExact: float [in_features] and zeros up to a multiple of 64.
@@ -64,8 +75,9 @@ class UnitLayout {
  private:
   static int64_t header_bytes() { return align(sizeof(PrefillUnit)); }
 
+  ActivationPrecision precision_;
   int halves_;
-  bool is_exact_;
+  int64_t in_features_;
   int64_t padded_columns_;
   int64_t code_stride_;
 };
@@ -95,17 +107,51 @@ inline void store_token_lanes(int8_t* target, const UnitCodes& natural) {
   }
 }
 
+// The codes of the exact columns of a token become 0.
+inline void erase_exact_codes(const UnitExactColumns& exact, int64_t token, const UnitLayout& layout, void* memory) {
+  PrefillUnit* unit = static_cast<PrefillUnit*>(memory);
+  int8_t* codes = layout.codes(memory, 0, token);
+  int8_t* lanes = layout.token_lanes(memory, 0);
+  const UnitExactColumns::Token& columns = exact.token(token);
+  for (int32_t i = 0; i < columns.count; ++i) {
+    const int64_t k = exact.column(columns.slots[i]), of_word = k % kColumnsPerWord;
+    int8_t* code = codes + (k - of_word) + of_word % 8 * 4 + of_word / 8;
+    unit->code_sums[0][token] -= *code;
+    *code = 0;
+    lanes[k * kUnitTokens + token] = static_cast<int8_t>(kLeftBytesAreSigned ? 0 : 128);
+  }
+}
+
+template <ElementType kType>
+__attribute__((noinline)) float choose_exact_columns(const PackedWeightView& weight, const LinearInput& input,
+                                                     int64_t token, const TokenRange& range, ExactColumns* exact) {
+  float block[kExactGroups];
+  const auto block_at = [&](int64_t k) {
+    for (int64_t i = 0; i < kExactGroups; i += kLanes)
+      store(block + i, load_scaled<kType>(weight, input, token, k + i));
+    return block;
+  };
+  return select_outstanding_columns(range.largest, range.square_sum, weight.in_features, block_at, exact);
+}
+
 template <ElementType kType, int kHalves>
 inline void prepare_codes(const PackedWeightView& weight, const LinearInput& input, int64_t first_token, int64_t tokens,
                           const UnitLayout& layout, void* memory) {
   PrefillUnit* unit = static_cast<PrefillUnit*>(memory);
+  const UnitExactColumns exact_columns = layout.exact_columns(memory);
+  if (layout.has_exact_columns()) exact_columns.clear();
   F32x16 inverse_scales[kUnitTokens];
   Int32x4 sums[kHalves][kUnitTokens];
   for (int64_t t = 0; t < tokens; ++t) {
-    const ColumnStatistics statistics = scale_columns<kType>(weight, input, first_token + t, nullptr);
-    const CodeScale scale = code_scale(largest_of(statistics.group_max), statistics.sum,
-                                       kHalves == 2 ? ActivationPrecision::kInt16 : ActivationPrecision::kInt8);
-    unit->sums[t] = statistics.sum;
+    const TokenRange range = range_of<kType>(weight, input, first_token + t);
+    float largest = range.largest;
+    if (layout.has_exact_columns()) {
+      ExactColumns exact;
+      largest = choose_exact_columns<kType>(weight, input, first_token + t, range, &exact);
+      exact_columns.add(t, exact);
+    }
+    const CodeScale scale = code_scale(largest, range.sum, kHalves == 2 ? kInt16CodeMax : kInt8CodeMax);
+    unit->sums[t] = range.sum;
     unit->code_scales[t] = scale.scale;
     inverse_scales[t] = splat(scale.inverse);
     for (auto& of_half : sums) of_half[t] = zero_sums();
@@ -131,6 +177,9 @@ inline void prepare_codes(const PackedWeightView& weight, const LinearInput& inp
   }
   for (int half = 0; half < kHalves; ++half) {
     for (int64_t t = 0; t < tokens; ++t) unit->code_sums[half][t] = total(sums[half][t]);
+  }
+  if (layout.has_exact_columns()) {
+    for (int64_t t = 0; t < tokens; ++t) erase_exact_codes(exact_columns, t, layout, memory);
   }
 }
 
@@ -173,14 +222,17 @@ inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& i
 
 // ---- a thread's scratch ----
 
-// For the levels of a tile, its outliers row by row, and the outputs of all tokens for its rows.
+// For the levels of a tile, its outliers row by row, the weights of the exact columns of one unit, and the outputs of
+// all tokens for its rows.
 class Scratch {
  public:
   Scratch(const PackedWeightView& weight, int64_t tokens, void* memory)
       : outlier_stride_(round_up(weight.outliers, 4)), memory_(static_cast<char*>(memory)) {
     deltas_at_ = align(weight.words * kColumnsPerWord * kRowsPerTile);
     columns_at_ = deltas_at_ + align(kRowsPerTile * outlier_stride_);
-    rows_at_ = columns_at_ + align(kRowsPerTile * outlier_stride_ * static_cast<int64_t>(sizeof(uint16_t)));
+    exact_at_ = columns_at_ + align(kRowsPerTile * outlier_stride_ * static_cast<int64_t>(sizeof(uint16_t)));
+    rows_at_ =
+        exact_at_ + UnitExactColumns::most_slots(kUnitTokens) * kRowsPerTile * static_cast<int64_t>(sizeof(float));
     bytes_ = rows_at_ + round_up(tokens, kUnitTokens) * kRowsPerTile * static_cast<int64_t>(sizeof(float));
   }
 
@@ -190,13 +242,15 @@ class Scratch {
   int64_t outlier_stride() const { return outlier_stride_; }
   int8_t* outlier_deltas() const { return reinterpret_cast<int8_t*>(memory_ + deltas_at_); }
   uint16_t* outlier_columns() const { return reinterpret_cast<uint16_t*>(memory_ + columns_at_); }
+  // [slots, 32]
+  float* exact_weights() const { return reinterpret_cast<float*>(memory_ + exact_at_); }
   // [tokens, 32]
   float* rows(int64_t token) const { return reinterpret_cast<float*>(memory_ + rows_at_) + token * kRowsPerTile; }
 
  private:
   int64_t outlier_stride_;
   char* memory_;
-  int64_t deltas_at_, columns_at_, rows_at_, bytes_;
+  int64_t deltas_at_, columns_at_, exact_at_, rows_at_, bytes_;
 };
 
 inline int64_t prefill_scratch_bytes(const PackedWeightView& weight, int64_t tokens, ActivationPrecision) {
@@ -395,6 +449,20 @@ inline void set_exact(const PackedWeightView& weight, int64_t tile, const UnitLa
   }
 }
 
+// rows[t, 32] += the exact columns of all tokens.
+inline void add_unit_exact_columns(const PackedWeightView& weight, int64_t tile, const UnitLayout& layout,
+                                   const void* activations, int64_t tokens, const Scratch& scratch) {
+  for (int64_t first = 0; first < tokens; first += kUnitTokens) {
+    const UnitExactColumns exact = layout.exact_columns(place_of(layout, activations, first).unit);
+    if (exact.slot_count() == 0) continue;
+    expand_exact_planes(weight, tile, exact, scratch.exact_weights());
+    add_exact_outliers(weight, tile, exact, scratch.exact_weights());
+    for (int64_t t = 0; t < kUnitTokens && first + t < tokens; ++t) {
+      add_exact_columns(exact.token(t), scratch.exact_weights(), scratch.rows(first + t));
+    }
+  }
+}
+
 inline void gemm(const PackedWeightView& weight, const void* activations, int64_t tokens, ActivationPrecision precision,
                  int64_t tile_begin, int64_t tile_end, void* scratch_memory, const LinearOutput& output) {
   const UnitLayout layout(weight, precision);
@@ -418,6 +486,7 @@ inline void gemm(const PackedWeightView& weight, const void* activations, int64_
           add_levels(weight, group, layout, activations, tokens, scratch);
         }
       }
+      if (layout.has_exact_columns()) add_unit_exact_columns(weight, tile, layout, activations, tokens, scratch);
     }
     for (int64_t token = 0; token < tokens; ++token) {
       const TokenPlace place = place_of(layout, activations, token);

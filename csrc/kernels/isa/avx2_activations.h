@@ -54,25 +54,26 @@ inline __m256 load_scaled(const PackedWeightView& weight, const LinearInput& inp
 }
 
 struct TokenRange {
-  float sum, largest;
+  float sum, square_sum, largest;
 };
 
 // Also writes columns[0 .. padded) unless nullptr.
 inline TokenRange scan_token(const PackedWeightView& weight, const LinearInput& input, int64_t token, float* columns) {
-  __m256 sum = _mm256_setzero_ps(), largest = _mm256_setzero_ps();
+  __m256 sum = _mm256_setzero_ps(), square_sum = _mm256_setzero_ps(), largest = _mm256_setzero_ps();
   for (int64_t k = 0; k < weight.in_features; k += kLanesPerVector) {
     const __m256 value = load_scaled(weight, input, token, k);
     if (columns != nullptr) _mm256_storeu_ps(columns + k, value);
     sum = _mm256_add_ps(sum, value);
+    square_sum = _mm256_fmadd_ps(value, value, square_sum);
     largest = _mm256_max_ps(magnitude_lanes(value), largest);
   }
-  return {sum_lanes(sum), largest_lane(largest)};
+  return {sum_lanes(sum), sum_lanes(square_sum), largest_lane(largest)};
 }
 
-// Codes of eight activations as int32. Not a number becomes some code: its token's scale is not a number either.
-inline __m256i codes_of(__m256 activations, __m256 inverse) {
+// Codes of eight activations as int32, within +-limit. Not a number becomes some code: its token's scale is not a
+// number either.
+inline __m256i codes_of(__m256 activations, __m256 inverse, __m256i limit) {
   const __m256i codes = _mm256_cvtps_epi32(_mm256_mul_ps(activations, inverse));
-  const __m256i limit = _mm256_set1_epi32(32512);
   return _mm256_max_epi32(_mm256_min_epi32(codes, limit), _mm256_sub_epi32(_mm256_setzero_si256(), limit));
 }
 

@@ -8,6 +8,7 @@
 
 #include <immintrin.h>
 
+#include "generic/prefill_exact_columns.h"
 #include "generic/prefill_levels.h"
 #include "isa/avx2_gemv.h"
 #include "isa/scalar_linear.h"
@@ -26,11 +27,13 @@ constexpr int64_t kExpandedWordBytes = kRowsPerTile * kColumnsPerWord;
 inline int64_t halves_of(ActivationPrecision precision) { return precision == ActivationPrecision::kInt16 ? 2 : 1; }
 
 // One slab of prepared activations: codes int8 [16, width], grouped by bit as the signs are; natural int8
-// [in_features + 1, 16] for the outliers, the last row zeros for columns out of range; then what belongs to a vector.
+// [in_features + 1, 16] for the outliers, the last row zeros for columns out of range; then what belongs to a vector;
+// then the exact columns (int8).
 struct SlabLayout {
   int64_t width;
   int64_t natural_offset;
   int64_t vectors_offset;
+  int64_t exact_offset;
   int64_t bytes;
 };
 
@@ -45,7 +48,8 @@ inline SlabLayout slab_layout(int64_t in_features) {
   layout.width = padded_codes(in_features);
   layout.natural_offset = layout.width * kSlabVectors;
   layout.vectors_offset = layout.natural_offset + (in_features + 1) * kSlabVectors;
-  layout.bytes = layout.vectors_offset + kSlabVectors * static_cast<int64_t>(sizeof(SlabVector));
+  layout.exact_offset = layout.vectors_offset + kSlabVectors * static_cast<int64_t>(sizeof(SlabVector));
+  layout.bytes = layout.exact_offset + UnitExactColumns::bytes(in_features, kSlabVectors);
   layout.bytes = (layout.bytes + kActivationAlignment - 1) / kActivationAlignment * kActivationAlignment;
   return layout;
 }
@@ -62,20 +66,59 @@ inline void store_codes(const int8_t* eight, int64_t k, int64_t in_features, int
   }
 }
 
+inline UnitExactColumns exact_columns_of(const SlabLayout& layout, int64_t in_features, const char* slab) {
+  // Kernels read what they prepared.
+  return UnitExactColumns(in_features, kSlabVectors, const_cast<char*>(slab) + layout.exact_offset);
+}
+
+__attribute__((noinline)) float choose_exact_columns(const PackedWeightView& weight, const LinearInput& input,
+                                                     int64_t token, const TokenRange& range, ExactColumns* exact) {
+  alignas(32) float block[kExactGroups];
+  const auto block_at = [&](int64_t k) {
+    for (int64_t i = 0; i < kExactGroups; i += kLanesPerVector) {
+      _mm256_store_ps(block + i, load_scaled(weight, input, token, k + i));
+    }
+    return block;
+  };
+  return select_outstanding_columns(range.largest, range.square_sum, weight.in_features, block_at, exact);
+}
+
+// The codes of the exact columns of a vector become 0.
+inline void erase_exact_codes(const ExactColumns& exact, int64_t vector, const SlabLayout& layout, char* slab,
+                              int32_t* code_sum) {
+  for (int32_t i = 0; i < exact.exact_count; ++i) {
+    const int64_t k = exact.exact_columns[i], of_word = k % kColumnsPerWord;
+    char* code = slab + vector * layout.width + (k - of_word) + of_word % 8 * 4 + of_word / 8;
+    *code_sum -= static_cast<int8_t>(*code);
+    *code = 0;
+    slab[layout.natural_offset + k * kSlabVectors + vector] = 0;
+  }
+}
+
 inline void prepare_slab(const PackedWeightView& weight, const LinearInput& input, int64_t token_begin,
                          int64_t token_end, ActivationPrecision precision, char* slab) {
   const SlabLayout layout = slab_layout(weight.in_features);
   const int64_t halves = halves_of(precision);
   SlabVector* vectors = reinterpret_cast<SlabVector*>(slab + layout.vectors_offset);
   __builtin_memset(slab + layout.natural_offset, 0, static_cast<size_t>(layout.vectors_offset - layout.natural_offset));
+  const UnitExactColumns exact_columns = exact_columns_of(layout, weight.in_features, slab);
+  exact_columns.clear();
   for (int64_t token = token_begin; token < token_end; ++token) {
     const int64_t vector = (token - token_begin) * halves;
     const TokenRange range = scan_token(weight, input, token, nullptr);
-    const CodeScale scale = code_scale(range.largest, range.sum, precision);
+    ExactColumns exact;
+    exact.exact_count = 0;
+    float largest = range.largest;
+    if (precision == ActivationPrecision::kInt8) {
+      largest = choose_exact_columns(weight, input, token, range, &exact);
+      exact_columns.add(vector, exact);
+    }
+    const CodeScale scale = code_scale(largest, range.sum, prefill_code_max(precision));
     const __m256 inverse = _mm256_set1_ps(scale.inverse);
+    const __m256i limit = _mm256_set1_epi32(static_cast<int32_t>(prefill_code_max(precision)));
     __m256i sum = _mm256_setzero_si256(), high_sum = _mm256_setzero_si256();
     for (int64_t k = 0; k < layout.width; k += kLanesPerVector) {
-      const __m256i codes = codes_of(load_scaled(weight, input, token, k), inverse);
+      const __m256i codes = codes_of(load_scaled(weight, input, token, k), inverse, limit);
       int8_t eight[kLanesPerVector];
       store_low_bytes(eight, codes);
       store_codes(eight, k, weight.in_features, vector + halves - 1, layout, slab);
@@ -90,7 +133,9 @@ inline void prepare_slab(const PackedWeightView& weight, const LinearInput& inpu
       }
     }
     if (halves == 2) vectors[vector] = {range.sum, 256.0f * scale.scale, sum_int32(high_sum)};
-    vectors[vector + halves - 1] = {range.sum, scale.scale, sum_int32(sum)};
+    SlabVector& last = vectors[vector + halves - 1];
+    last = {range.sum, scale.scale, sum_int32(sum)};
+    erase_exact_codes(exact, vector, layout, slab, &last.code_sum);
   }
 }
 
@@ -229,14 +274,18 @@ inline void sum_slab_outliers(const PackedWeightView& weight, int64_t tile, cons
 struct PrefillScratch {
   uint8_t* expanded;  // [words, 8, 32, 4]
   float* partial;     // [vectors, 32]: planes so far, when they take several runs
+  float* exact;       // [slots, 32]: weights of the exact columns of a slab
   int64_t bytes;
 };
 
 inline PrefillScratch prefill_scratch(const PackedWeightView& weight, int64_t vectors, void* memory) {
   const int64_t expanded_bytes = weight.words * kExpandedWordBytes;
+  const int64_t partial_bytes = vectors * kRowsPerTile * 4;
+  const int64_t exact_bytes = UnitExactColumns::most_slots(kSlabVectors) * kRowsPerTile * 4;
   char* base = static_cast<char*>(memory);
   return {reinterpret_cast<uint8_t*>(base), reinterpret_cast<float*>(base + expanded_bytes),
-          expanded_bytes + vectors * kRowsPerTile * 4};
+          reinterpret_cast<float*>(base + expanded_bytes + partial_bytes),
+          expanded_bytes + partial_bytes + exact_bytes};
 }
 
 // Planes [begin, end) of a tile share one integer product.
@@ -276,6 +325,12 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
                        layout.width, steps, pairs_at_once, products + v * kRowsPerTile + 16 * half);
       }
     }
+    const UnitExactColumns exact = exact_columns_of(layout, weight.in_features, slab);
+    const bool has_exact_columns = run.is_last && exact.slot_count() > 0;
+    if (has_exact_columns) {
+      expand_exact_planes(weight, tile, exact, scratch.exact);
+      add_exact_outliers(weight, tile, exact, scratch.exact);
+    }
     __m256 token_rows[4] = {};
     for (int64_t v = 0; v < count; ++v) {
       const bool is_token_begin = v % halves == 0, is_token_end = (v + 1) % halves == 0;
@@ -305,6 +360,12 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
           token_rows[i] =
               _mm256_fmadd_ps(load_float16_rows(weight.means + n), _mm256_set1_ps(vectors[v].sum), token_rows[i]);
         }
+      }
+      if (has_exact_columns) {
+        alignas(32) float rows[kRowsPerTile];
+        for (int i = 0; i < 4; ++i) _mm256_store_ps(rows + 8 * i, token_rows[i]);
+        add_exact_columns(exact.token(v), scratch.exact, rows);
+        for (int i = 0; i < 4; ++i) token_rows[i] = _mm256_load_ps(rows + 8 * i);
       }
       if (run.is_last && is_token_end) store_rows(weight, output, (first + v) / halves, tile, token_rows);
     }

@@ -12,7 +12,10 @@ namespace loop_singular_bit {
 namespace {
 namespace avx2 {
 
-// Tables behind a DecodeActivations: for every four columns sixteen low bytes, then sixteen high bytes, of int16 sums.
+// Tables behind a DecodeActivations: for every four columns sixteen low bytes, then sixteen high bytes, of uint16 sums.
+// So that no sum is negative, a column with a negative code counts its magnitude where the sign is -: this adds the
+// same to the sums of all rows, and
+//   sum of sign * code = 2 * (sum from the tables) - sum of |code|.
 // For kInt16 the tables of the high halves follow those of the low ones.
 constexpr int64_t kTableBytes = 32;
 constexpr int64_t kTablesPerWord = kColumnsPerWord / 4;
@@ -20,13 +23,15 @@ constexpr int64_t kSignsAhead = 4096;
 
 inline int64_t tables_bytes(int64_t in_features) { return padded_codes(in_features) / 4 * kTableBytes; }
 
-inline void write_table(const int8_t* four_codes, uint8_t* table) {
+inline void write_table(const int32_t* four_codes, uint8_t* table) {
   __m256i sum = _mm256_setzero_si256();
   for (int i = 0; i < 4; ++i) {
     alignas(32) int16_t selected[16];
     for (int pattern = 0; pattern < 16; ++pattern) selected[pattern] = static_cast<int16_t>(-((pattern >> i) & 1));
     const __m256i mask = _mm256_load_si256(reinterpret_cast<const __m256i*>(selected));
-    sum = _mm256_add_epi16(sum, _mm256_and_si256(mask, _mm256_set1_epi16(four_codes[i])));
+    const __m256i code = _mm256_set1_epi16(static_cast<int16_t>(four_codes[i]));
+    const __m256i chosen = _mm256_xor_si256(mask, _mm256_srai_epi16(code, 15));
+    sum = _mm256_add_epi16(sum, _mm256_and_si256(chosen, _mm256_abs_epi16(code)));
   }
   const __m256i low = _mm256_and_si256(sum, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(sum, 8);
   // Packing works within 128 bits: low 0-7, high 0-7, low 8-15, high 8-15.
@@ -34,16 +39,22 @@ inline void write_table(const int8_t* four_codes, uint8_t* table) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
+// Of eight codes as int32.
+inline void write_two_tables(__m256i codes, uint8_t* tables) {
+  alignas(32) int32_t eight[kLanesPerVector];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(eight), codes);
+  write_table(eight, tables);
+  write_table(eight + 4, tables + kTableBytes);
+}
+
 // Sums of 32 rows: rows 8i .. 8i + 7 in lanes[i].
 struct TileCounts {
   __m256i lanes[4];
 };
 
-// Sum of the codes where the sign is +.
-//
-// An int16 holds what eight words add: 64 lookups of at most 4 x 127 = 508 or at least 4 x -128 = -512 make 32512 and
-// -32768. Then it is widened.
-inline TileCounts sum_positive(const int32_t* plane, const uint8_t* tables, int64_t words) {
+// Sum of what the signs select from the tables. A uint16 holds what eight words add: 64 lookups of at most 4 x 255 make
+// 65280. Then it is widened.
+inline TileCounts sum_from_tables(const int32_t* plane, const uint8_t* tables, int64_t words) {
   constexpr int64_t kWordsPerFlush = 8;
   const __m256i nibble = _mm256_set1_epi8(15);
   // Within 128 bits: first bytes of four rows, then their second bytes, and so on.
@@ -83,10 +94,11 @@ inline TileCounts sum_positive(const int32_t* plane, const uint8_t* tables, int6
                                                                  _mm256_unpackhi_epi8(second_low, second_high)));
       }
     }
-    wide[0] = _mm256_add_epi32(wide[0], _mm256_srai_epi32(_mm256_slli_epi32(low_rows, 16), 16));
-    wide[1] = _mm256_add_epi32(wide[1], _mm256_srai_epi32(low_rows, 16));
-    wide[2] = _mm256_add_epi32(wide[2], _mm256_srai_epi32(_mm256_slli_epi32(high_rows, 16), 16));
-    wide[3] = _mm256_add_epi32(wide[3], _mm256_srai_epi32(high_rows, 16));
+    const __m256i even = _mm256_set1_epi32(0xffff);
+    wide[0] = _mm256_add_epi32(wide[0], _mm256_and_si256(low_rows, even));
+    wide[1] = _mm256_add_epi32(wide[1], _mm256_srli_epi32(low_rows, 16));
+    wide[2] = _mm256_add_epi32(wide[2], _mm256_and_si256(high_rows, even));
+    wide[3] = _mm256_add_epi32(wide[3], _mm256_srli_epi32(high_rows, 16));
   }
   // Byte i of bytes[j], in the lower 128 bits, is row i % 4 + 8 * (i / 4); the upper 128 bits hold the rows 4 further
   // on. So interleaving even and odd lanes gives, for the lower half, rows 0-3, 8-11 | 16-19, 24-27.
@@ -139,15 +151,15 @@ inline void gemv_tile(const PackedWeightView& weight, const DecodeActivations& a
   for (int64_t plane = 0; plane < weight.planes; ++plane) {
     const int64_t index = tile * weight.planes + plane;
     const int32_t* signs = weight.signs + index * weight.words * kRowsPerTile;
-    const TileCounts low = sum_positive(signs, tables, weight.words);
+    const TileCounts low = sum_from_tables(signs, tables, weight.words);
     __m256 sums[4];
-    // |2 * sum - code_sum| <= 65536 x 128 = 2^23: exact as float.
+    // |2 * sum - code_sum| <= 65536 x 255 < 2^24: exact as float.
     const __m256i code_sum = _mm256_set1_epi32(activations.code_sum);
     for (int i = 0; i < 4; ++i) {
       sums[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32(low.lanes[i], 1), code_sum));
     }
     if (has_halves) {
-      const TileCounts high = sum_positive(signs, tables + tables_bytes(weight.in_features), weight.words);
+      const TileCounts high = sum_from_tables(signs, tables + tables_bytes(weight.in_features), weight.words);
       const __m256i high_sum = _mm256_set1_epi32(activations.high_code_sum);
       for (int i = 0; i < 4; ++i) {
         const __m256 upper = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_slli_epi32(high.lanes[i], 1), high_sum));
@@ -219,10 +231,12 @@ inline void prepare_decode(const PackedWeightView& weight, const LinearInput& in
   activations->exact_count = 0;
   if (precision == ActivationPrecision::kExact) return;
 
-  const float largest =
-      precision == ActivationPrecision::kInt8 ? select_exact_columns(width, activations) : range.largest;
-  const CodeScale scale = code_scale(largest, range.sum, precision);
+  const float largest = precision == ActivationPrecision::kInt8
+                            ? select_outstanding_columns(range.largest, range.square_sum, width, activations)
+                            : range.largest;
+  const CodeScale scale = code_scale(largest, range.sum, decode_code_max(precision));
   const __m256 inverse = _mm256_set1_ps(scale.inverse);
+  const __m256i limit = _mm256_set1_epi32(static_cast<int32_t>(decode_code_max(precision)));
   activations->code_scale = scale.scale;
   uint8_t* tables = reinterpret_cast<uint8_t*>(activations + 1);
   uint8_t* high_tables = tables + tables_bytes(width);
@@ -230,21 +244,15 @@ inline void prepare_decode(const PackedWeightView& weight, const LinearInput& in
   __m256i sum = _mm256_setzero_si256(), high_sum = _mm256_setzero_si256();
   // `columns` is zero up to the next multiple of 64, and so are the tables.
   for (int64_t k = 0; k < padded_codes(width); k += kLanesPerVector) {
-    const __m256i codes = codes_of(_mm256_loadu_ps(columns + k), inverse);
-    int8_t low_bytes[kLanesPerVector], high_bytes[kLanesPerVector];
-    store_low_bytes(low_bytes, codes);
-    write_table(low_bytes, tables + k / 4 * kTableBytes);
-    write_table(low_bytes + 4, tables + (k / 4 + 1) * kTableBytes);
+    __m256i codes = codes_of(_mm256_loadu_ps(columns + k), inverse, limit);
     if (precision == ActivationPrecision::kInt16) {
       const __m256i high = high_half(codes);
-      store_low_bytes(high_bytes, high);
-      write_table(high_bytes, high_tables + k / 4 * kTableBytes);
-      write_table(high_bytes + 4, high_tables + (k / 4 + 1) * kTableBytes);
-      high_sum = _mm256_add_epi32(high_sum, high);
-      sum = _mm256_add_epi32(sum, _mm256_sub_epi32(codes, _mm256_slli_epi32(high, 8)));
-    } else {
-      sum = _mm256_add_epi32(sum, codes);
+      write_two_tables(high, high_tables + k / 4 * kTableBytes);
+      high_sum = _mm256_add_epi32(high_sum, _mm256_abs_epi32(high));
+      codes = _mm256_sub_epi32(codes, _mm256_slli_epi32(high, 8));
     }
+    write_two_tables(codes, tables + k / 4 * kTableBytes);
+    sum = _mm256_add_epi32(sum, _mm256_abs_epi32(codes));
   }
   for (int32_t i = 0; i < activations->exact_count; ++i) {
     columns[activations->exact_columns[i]] = activations->exact_values[i];

@@ -66,7 +66,7 @@ inline void store_lanes(void* data, int64_t index, __mmask16 mask, ElementType t
 }
 
 struct ScaledColumns {
-  float sum;
+  float sum, square_sum;
   __m512 group_max[4];  // of the magnitudes; column k belongs to group k % 64
 };
 
@@ -75,8 +75,8 @@ template <ElementType kType, bool kHasScales>
 inline ScaledColumns scale_columns(const void* row, const uint16_t* column_scales, int64_t in_features,
                                    float* columns) {
   ScaledColumns result;
-  __m512 sum[4];
-  for (int i = 0; i < 4; ++i) result.group_max[i] = sum[i] = _mm512_setzero_ps();
+  __m512 sum[4], square_sum[4];
+  for (int i = 0; i < 4; ++i) result.group_max[i] = sum[i] = square_sum[i] = _mm512_setzero_ps();
   for (int64_t block = 0; block < in_features; block += 64) {
     for (int i = 0; i < 4; ++i) {
       const int64_t k = block + 16 * i;
@@ -86,9 +86,14 @@ inline ScaledColumns scale_columns(const void* row, const uint16_t* column_scale
       _mm512_storeu_ps(columns + k, value);
       result.group_max[i] = _mm512_max_ps(_mm512_abs_ps(value), result.group_max[i]);
       sum[i] = _mm512_add_ps(sum[i], value);
+      square_sum[i] = _mm512_fmadd_ps(value, value, square_sum[i]);
     }
   }
-  result.sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+  const auto total = [](const __m512* v) {
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(v[0], v[1]), _mm512_add_ps(v[2], v[3])));
+  };
+  result.sum = total(sum);
+  result.square_sum = total(square_sum);
   return result;
 }
 
@@ -115,31 +120,31 @@ inline float largest_of(const ScaledColumns& scaled) {
                                             _mm512_max_ps(scaled.group_max[2], scaled.group_max[3])));
 }
 
-// As select_exact_columns(), 64 columns at a time.
-inline float select_exact_columns(const ScaledColumns& scaled, int64_t in_features, DecodeActivations* activations) {
+// As select_exact_columns(), 64 columns at a time. load(k) gives the columns from k on, zeros beyond the last.
+template <typename Load>
+inline float select_exact_columns(const __m512* groups, int64_t in_features, const Load& load, ExactColumns* exact) {
   alignas(64) float group_max[kExactGroups];
-  for (int i = 0; i < 4; ++i) _mm512_store_ps(group_max + 16 * i, scaled.group_max[i]);
+  for (int i = 0; i < 4; ++i) _mm512_store_ps(group_max + 16 * i, groups[i]);
   float threshold = 0.0f;
   for (int64_t group = 0; group < kExactGroups; ++group) {
     const __m512 value = _mm512_set1_ps(group_max[group]);
     uint64_t at_least = 0;
     for (int i = 0; i < 4; ++i) {
-      at_least |= static_cast<uint64_t>(_mm512_cmp_ps_mask(scaled.group_max[i], value, _CMP_GE_OQ)) << (16 * i);
+      at_least |= static_cast<uint64_t>(_mm512_cmp_ps_mask(groups[i], value, _CMP_GE_OQ)) << (16 * i);
     }
     const bool reaches = __builtin_popcountll(at_least) >= kExactColumns;
     threshold = reaches && group_max[group] > threshold ? group_max[group] : threshold;
   }
 
-  const float* columns = activations->columns;
   const __m512 thresholds = _mm512_set1_ps(threshold);
   ExactSelection selection = {0, 0.0f};
   __m512 below[4];
   for (int i = 0; i < 4; ++i) below[i] = _mm512_setzero_ps();
-  activations->exact_count = 0;
+  exact->exact_count = 0;
   for (int64_t block = 0; block < in_features; block += 64) {
     uint64_t candidates = 0;
     for (int i = 0; i < 4; ++i) {
-      const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(columns + block + 16 * i));
+      const __m512 magnitude = _mm512_abs_ps(load(block + 16 * i));
       const __mmask16 is_below = _mm512_cmp_ps_mask(magnitude, thresholds, _CMP_LT_OQ);
       const __mmask16 is_candidate = _mm512_cmp_ps_mask(magnitude, thresholds, _CMP_GE_OQ);
       below[i] = _mm512_mask_max_ps(below[i], is_below, below[i], magnitude);
@@ -147,13 +152,20 @@ inline float select_exact_columns(const ScaledColumns& scaled, int64_t in_featur
     }
     while (candidates != 0) {
       const int64_t k = block + __builtin_ctzll(candidates);
-      offer_exact_column(k, columns[k], &selection, activations);
+      alignas(64) float sixteen[16];
+      _mm512_store_ps(sixteen, load(k / 16 * 16));
+      offer_exact_column(k, sixteen[k % 16], &selection, exact);
       candidates &= candidates - 1;
     }
   }
   const float below_max =
       _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(below[0], below[1]), _mm512_max_ps(below[2], below[3])));
   return below_max > selection.rest_max ? below_max : selection.rest_max;
+}
+
+inline float select_exact_columns(const ScaledColumns& scaled, int64_t in_features, DecodeActivations* activations) {
+  const auto load = [&](int64_t k) { return _mm512_loadu_ps(activations->columns + k); };
+  return select_exact_columns(scaled.group_max, in_features, load, activations);
 }
 
 // A sign word masked with 1 << b, b = 0..7, leaves one bit in each of its four bytes: the columns b, 8 + b, 16 + b and
@@ -170,7 +182,7 @@ inline __m512i join_lanes(__m128i a, __m128i b, __m128i c, __m128i d) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(b, a)), _mm256_set_m128i(d, c), 1);
 }
 
-// Quantizes 64 columns. Returns them grouped by bit; `natural`, unless nullptr, gets them in order.
+// Quantizes 64 columns. Returns them grouped by bit; `natural` gets them in order.
 inline __m512i encode_int8(const float* columns, __m512 inverse, __m512i* code_sum, int8_t* natural) {
   __m128i codes[4];
   for (int i = 0; i < 4; ++i) {
@@ -178,7 +190,21 @@ inline __m512i encode_int8(const float* columns, __m512 inverse, __m512i* code_s
   }
   const __m512i joined = join_lanes(codes[0], codes[1], codes[2], codes[3]);
   *code_sum = _mm512_dpbusd_epi32(*code_sum, _mm512_set1_epi8(1), joined);
-  if (natural != nullptr) _mm512_storeu_si512(natural, joined);
+  _mm512_storeu_si512(natural, joined);
+  return group_codes_by_bit(joined);
+}
+
+// The same with magnitudes only, as unsigned bytes. Bit k of `negative` is set where columns[k] is negative.
+inline __m512i encode_magnitudes(const float* columns, __m512 inverse, __m512i* code_sum, uint64_t* negative) {
+  __m128i codes[4];
+  *negative = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m512 value = _mm512_loadu_ps(columns + 16 * i);
+    codes[i] = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_abs_ps(value), inverse)));
+    *negative |= static_cast<uint64_t>(_mm512_movepi32_mask(_mm512_castps_si512(value))) << (16 * i);
+  }
+  const __m512i joined = join_lanes(codes[0], codes[1], codes[2], codes[3]);
+  *code_sum = _mm512_dpbusd_epi32(*code_sum, joined, _mm512_set1_epi8(1));
   return group_codes_by_bit(joined);
 }
 

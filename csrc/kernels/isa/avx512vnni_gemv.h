@@ -16,42 +16,14 @@ inline void prefetch(const void* address, int64_t bytes_ahead) {
   _mm_prefetch(static_cast<const char*>(address) + bytes_ahead, _MM_HINT_T1);
 }
 
-// ---- prefetch ----
-//
-// One stream of addresses does not use all of the memory: four streams far apart read 1.1 to 1.4 times as fast, on one
-// thread and on two (Zen 4, 4 KiB pages). So a range of row tiles is cut into kTileStreams parts that take turns, tile
-// by tile. While a group of tiles, one of each part, is computed, the next group is fetched into L2, a line from every
-// plane of every tile in turn.
-
-constexpr int64_t kTileStreams = 4;
-constexpr int64_t kCacheLine = 64;
-// Two groups must leave room in L2 for the activations.
-constexpr int64_t kLargestGroupBytes = 256 * 1024;
-// Within a tile whose own lines were not fetched in this way: the first of a range.
-constexpr int64_t kFirstTileAhead = 4096;
-
-// Scales of the next tiles of a part.
+// The signs of a range of row tiles are one stream, fetched into L2 this far ahead. A core does not keep enough lines
+// in flight with prefetches alone (11 GB/s on Zen 4); most of the stream comes from the hardware prefetcher, which
+// follows it as long as little else misses L1. Other loads therefore wait until a group of tiles has had its signs.
+constexpr int64_t kDecodeAhead = 12 * 1024;
+// Row tiles in a group: their outliers, in ascending order of columns, then share what L1 holds of the activations.
+constexpr int64_t kTileGroup = 4;
+// Scales are fetched this far ahead.
 constexpr int64_t kScalesAhead = 256;
-
-struct SignPrefetch {
-  const char* const* streams;
-  int64_t count;   // of streams
-  int64_t cursor;  // the stream to fetch from next
-  int64_t offset;  // where in it
-  int64_t step;    // 0 when there is nothing to fetch
-  int64_t ahead;   // also fetch this far ahead in the tile itself
-
-  // Two lines: as many as a word of a tile has.
-  inline void fetch_two(const int32_t* here) {
-    prefetch(here, ahead);
-    prefetch(here + 16, ahead);
-    prefetch(streams[cursor], offset);
-    prefetch(streams[cursor], offset + kCacheLine);
-    const bool is_last = cursor + 1 == count;
-    offset += is_last ? step : 0;
-    cursor = is_last ? 0 : cursor + 1;
-  }
-};
 
 struct RowSums {
   __m512 low, high;  // rows 0..15 and 16..31 of a tile
@@ -71,6 +43,13 @@ inline RowSums multiply_add(const RowSums& a, const RowSums& b, const RowSums& c
 
 inline RowSums splat_rows(float value) { return {_mm512_set1_ps(value), _mm512_set1_ps(value)}; }
 
+inline RowSums load_rows(const float* source) { return {_mm512_loadu_ps(source), _mm512_loadu_ps(source + 16)}; }
+
+inline void store_rows(float* target, const RowSums& rows) {
+  _mm512_storeu_ps(target, rows.low);
+  _mm512_storeu_ps(target + 16, rows.high);
+}
+
 inline RowSums load_float16_rows(const uint16_t* source) {
   return {load_float16_lanes(source), load_float16_lanes(source + 16)};
 }
@@ -82,26 +61,32 @@ inline RowCounts signed_counts(const RowCounts& positive, int32_t code_sum) {
           _mm512_sub_epi32(_mm512_slli_epi32(positive.high, 1), all)};
 }
 
-// Sum of the codes where the sign is +.
+// Sum of the magnitudes where the sign, which a flip changes for negative activations, is +. Magnitudes are the
+// unsigned bytes of dpbusd; masked signs are the signed ones, so that the mask of bit 7 selects -128 times a magnitude.
 //
-// Accumulator b holds 2^b times its part, exactly: at most 65536 / 8 columns x 2^7 x 128 = 2^27. The sum of all parts
-// is at most 65536 x 128 = 2^23, so that signed_counts() stays within 2^24 and is exact in float.
-inline RowCounts sum_positive(const int32_t* plane, const int8_t* codes, int64_t words, SignPrefetch* next) {
+// Accumulator b holds 2^b times its part, exactly: at most 65536 / 8 columns x 2^7 x 255 < 2^28. The sum of all parts
+// is at most 65536 x 255 < 2^24, and so is signed_counts(): exact in float.
+//
+// A function of its own: g++ 12 spills masks and signs where it is inlined.
+__attribute__((noinline)) RowCounts sum_positive(const int32_t* plane, const int8_t* magnitudes, const int32_t* flips,
+                                                 int64_t words, int64_t ahead) {
   __m512i low[8], high[8];
   for (int b = 0; b < 8; ++b) low[b] = high[b] = _mm512_setzero_si512();
   const __m512i mask0 = _mm512_set1_epi8(1), mask1 = _mm512_set1_epi8(2), mask2 = _mm512_set1_epi8(4);
   const __m512i mask3 = _mm512_set1_epi8(8), mask4 = _mm512_set1_epi8(16), mask5 = _mm512_set1_epi8(32);
   const __m512i mask6 = _mm512_set1_epi8(64), mask7 = _mm512_set1_epi8(-128);
-  SignPrefetch fetch = *next;
-  for (int64_t word = 0; word < words; ++word, plane += kRowsPerTile, codes += kColumnsPerWord) {
-    fetch.fetch_two(plane);
-    const __m512i signs_low = _mm512_loadu_si512(plane), signs_high = _mm512_loadu_si512(plane + 16);
+  for (int64_t word = 0; word < words; ++word, plane += kRowsPerTile, magnitudes += kColumnsPerWord) {
+    prefetch(plane, ahead);
+    prefetch(plane + 16, ahead);
+    const __m512i flip = _mm512_set1_epi32(flips[word]);
+    const __m512i signs_low = _mm512_xor_si512(flip, _mm512_loadu_si512(plane));
+    const __m512i signs_high = _mm512_xor_si512(flip, _mm512_loadu_si512(plane + 16));
     const auto accumulate = [&](int b, __m512i mask) __attribute__((always_inline)) {
-      int32_t four_codes;
-      __builtin_memcpy(&four_codes, codes + 4 * b, sizeof(four_codes));
-      const __m512i x = _mm512_set1_epi32(four_codes);
-      low[b] = dot_accumulate(low[b], _mm512_and_si512(signs_low, mask), x);
-      high[b] = dot_accumulate(high[b], _mm512_and_si512(signs_high, mask), x);
+      int32_t four_magnitudes;
+      __builtin_memcpy(&four_magnitudes, magnitudes + 4 * b, sizeof(four_magnitudes));
+      const __m512i x = _mm512_set1_epi32(four_magnitudes);
+      low[b] = dot_accumulate(low[b], x, _mm512_and_si512(signs_low, mask));
+      high[b] = dot_accumulate(high[b], x, _mm512_and_si512(signs_high, mask));
     };
     accumulate(0, mask0);
     accumulate(1, mask1);
@@ -112,12 +97,13 @@ inline RowCounts sum_positive(const int32_t* plane, const int8_t* codes, int64_t
     accumulate(6, mask6);
     accumulate(7, mask7);
   }
-  *next = fetch;
   RowCounts positive = {low[0], high[0]};
-  for (int b = 1; b < 8; ++b) {
+  for (int b = 1; b < 7; ++b) {
     positive.low = _mm512_add_epi32(positive.low, _mm512_srai_epi32(low[b], b));
     positive.high = _mm512_add_epi32(positive.high, _mm512_srai_epi32(high[b], b));
   }
+  positive.low = _mm512_sub_epi32(positive.low, _mm512_srai_epi32(low[7], 7));
+  positive.high = _mm512_sub_epi32(positive.high, _mm512_srai_epi32(high[7], 7));
   return positive;
 }
 
@@ -127,7 +113,7 @@ struct Int16Counts {
 
 // The same for both halves of 16-bit codes. Four masks and one shift: more accumulators would not fit the registers.
 inline Int16Counts sum_positive_int16(const int32_t* plane, const int8_t* high_codes, const int8_t* low_codes,
-                                      int64_t words, SignPrefetch* next) {
+                                      int64_t words, int64_t ahead) {
   __m512i sums[2][2][4];  // [half of the code][half of the tile][bit % 4]
   for (auto& of_code : sums) {
     for (auto& of_tile : of_code) {
@@ -136,9 +122,9 @@ inline Int16Counts sum_positive_int16(const int32_t* plane, const int8_t* high_c
   }
   const __m512i mask0 = _mm512_set1_epi8(1), mask1 = _mm512_set1_epi8(2), mask2 = _mm512_set1_epi8(4);
   const __m512i mask3 = _mm512_set1_epi8(8);
-  SignPrefetch fetch = *next;
   for (int64_t word = 0; word < words; ++word, plane += kRowsPerTile) {
-    fetch.fetch_two(plane);
+    prefetch(plane, ahead);
+    prefetch(plane + 16, ahead);
     __m512i signs_low = _mm512_loadu_si512(plane), signs_high = _mm512_loadu_si512(plane + 16);
     const auto accumulate = [&](int b, int64_t group, __m512i mask) __attribute__((always_inline)) {
       int32_t high, low;
@@ -162,7 +148,6 @@ inline Int16Counts sum_positive_int16(const int32_t* plane, const int8_t* high_c
     accumulate(2, 6, mask2);
     accumulate(3, 7, mask3);
   }
-  *next = fetch;
   const auto unshifted = [](const __m512i* sum) __attribute__((always_inline)) {
     const __m512i upper = _mm512_add_epi32(sum[2], _mm512_srai_epi32(sum[3], 1));
     return _mm512_add_epi32(sum[0], _mm512_srai_epi32(_mm512_add_epi32(sum[1], _mm512_srai_epi32(upper, 1)), 1));
@@ -171,12 +156,12 @@ inline Int16Counts sum_positive_int16(const int32_t* plane, const int8_t* high_c
 }
 
 // sum over all columns of sign * columns[k] in float.
-inline RowSums sum_signed(const int32_t* plane, const float* columns, float sum, int64_t words, SignPrefetch* next) {
+inline RowSums sum_signed(const int32_t* plane, const float* columns, float sum, int64_t words, int64_t ahead) {
   __m512 low[4], high[4];
   for (int i = 0; i < 4; ++i) low[i] = high[i] = _mm512_setzero_ps();
-  SignPrefetch fetch = *next;
   for (int64_t word = 0; word < words; ++word, plane += kRowsPerTile, columns += kColumnsPerWord) {
-    fetch.fetch_two(plane);
+    prefetch(plane, ahead);
+    prefetch(plane + 16, ahead);
     const __m512i signs_low = _mm512_loadu_si512(plane), signs_high = _mm512_loadu_si512(plane + 16);
     __m512i bit = _mm512_set1_epi32(1);
     for (int b = 0; b < 32; b += 4) {
@@ -188,7 +173,6 @@ inline RowSums sum_signed(const int32_t* plane, const float* columns, float sum,
       }
     }
   }
-  *next = fetch;
   const __m512 two = _mm512_set1_ps(2.0f), all = _mm512_set1_ps(sum);
   const __m512 positive_low = _mm512_add_ps(_mm512_add_ps(low[0], low[1]), _mm512_add_ps(low[2], low[3]));
   const __m512 positive_high = _mm512_add_ps(_mm512_add_ps(high[0], high[1]), _mm512_add_ps(high[2], high[3]));
@@ -238,20 +222,6 @@ inline __m512 load_int8_lanes(const int8_t* source) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
 }
 
-// sum of delta * activation over a tile's outliers, without outlier_scales.
-inline RowSums sum_outliers(const uint16_t* outlier_columns, const int8_t* deltas, int64_t outliers,
-                            const float* columns) {
-  RowSums sums = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int64_t i = 0; i < outliers; ++i, outlier_columns += kRowsPerTile, deltas += kRowsPerTile) {
-    // The next tile of the same part of the range.
-    prefetch(outlier_columns, outliers * kRowsPerTile * 2);
-    prefetch(deltas, outliers * kRowsPerTile);
-    sums.low = _mm512_fmadd_ps(load_int8_lanes(deltas), gather_columns(columns, outlier_columns), sums.low);
-    sums.high = _mm512_fmadd_ps(load_int8_lanes(deltas + 16), gather_columns(columns, outlier_columns + 16), sums.high);
-  }
-  return sums;
-}
-
 inline void store_rows(const PackedWeightView& weight, const LinearOutput& output, int64_t token, int64_t tile,
                        const RowSums& rows) {
   const int64_t first = tile * kRowsPerTile;
@@ -267,13 +237,15 @@ inline void store_rows(const PackedWeightView& weight, const LinearOutput& outpu
   store_lanes(output.data, index + 16, high, output.type, result.high);
 }
 
-// Codes behind a DecodeActivations: int8 grouped by bit, padded to 64 columns; for kInt16 the high halves, then the
-// low.
+// Codes behind a DecodeActivations, grouped by bit and padded to 64 columns: magnitudes, then a word of flips for every
+// 32 columns, in which a bit is set where the activation is negative; for kInt16 the high halves, then the low.
 inline int64_t code_bytes(int64_t in_features) { return (in_features + 63) / 64 * 64; }
+inline int64_t flip_bytes(int64_t in_features) { return code_bytes(in_features) / 8; }
 
+// The planes of a row tile: sum over all columns of scale * sign * activation.
 template <ActivationPrecision kPrecision>
-inline RowSums linear_tile(const PackedWeightView& weight, const DecodeActivations& activations, int64_t tile,
-                           SignPrefetch* next) {
+inline RowSums sum_planes(const PackedWeightView& weight, const DecodeActivations& activations, int64_t tile,
+                          int64_t ahead) {
   const int8_t* codes = reinterpret_cast<const int8_t*>(&activations + 1);
   const RowSums code_scale = splat_rows(activations.code_scale);
   RowSums rows = splat_rows(0.0f);
@@ -284,82 +256,76 @@ inline RowSums linear_tile(const PackedWeightView& weight, const DecodeActivatio
     prefetch(scales, kScalesAhead);
     RowSums sums;
     if (kPrecision == ActivationPrecision::kExact) {
-      sums = sum_signed(signs, activations.columns, activations.sum, weight.words, next);
+      sums = sum_signed(signs, activations.columns, activations.sum, weight.words, ahead);
     } else if (kPrecision == ActivationPrecision::kInt16) {
       const int8_t* low_codes = codes + code_bytes(weight.in_features);
-      const Int16Counts counts = sum_positive_int16(signs, codes, low_codes, weight.words, next);
+      const Int16Counts counts = sum_positive_int16(signs, codes, low_codes, weight.words, ahead);
       const RowSums high = to_float(signed_counts(counts.high_codes, activations.high_code_sum));
       const RowSums low = to_float(signed_counts(counts.low_codes, activations.code_sum));
       sums = multiply_add(code_scale, multiply_add(splat_rows(256.0f), high, low), splat_rows(0.0f));
     } else {
-      const RowCounts counts = signed_counts(sum_positive(signs, codes, weight.words, next), activations.code_sum);
+      const int32_t* flips = reinterpret_cast<const int32_t*>(codes + code_bytes(weight.in_features));
+      const RowCounts counts =
+          signed_counts(sum_positive(signs, codes, flips, weight.words, ahead), activations.code_sum);
       sums = multiply_add(code_scale, to_float(counts), sum_exact_columns(signs, activations));
     }
     rows = multiply_add(load_float16_rows(scales), sums, rows);
   }
-  const int64_t first_outlier = tile * weight.outliers * kRowsPerTile;
-  const uint16_t* outlier_scales = weight.outlier_scales + tile * kRowsPerTile;
-  prefetch(outlier_scales, kScalesAhead);
-  const RowSums outliers = sum_outliers(weight.outlier_columns + first_outlier, weight.outlier_deltas + first_outlier,
-                                        weight.outliers, activations.columns);
-  rows = multiply_add(load_float16_rows(outlier_scales), outliers, rows);
-  if (weight.means != nullptr) {
-    rows = multiply_add(load_float16_rows(weight.means + tile * kRowsPerTile), splat_rows(activations.sum), rows);
-  }
   return rows;
 }
 
-// A range of row tiles in the order in which they are computed.
-struct TileOrder {
-  int64_t begin, end;
-  int64_t parts;        // that take turns
-  int64_t part_length;  // tiles in each but the last
-};
-
-inline TileOrder tile_order(const PackedWeightView& weight, int64_t begin, int64_t end) {
-  const int64_t tile_bytes = weight.planes * weight.words * kRowsPerTile * 4;
-  int64_t parts = kTileStreams;
-  while (parts > 1 && (parts * tile_bytes > kLargestGroupBytes || end - begin < 4 * parts)) parts /= 2;
-  return {begin, end, parts, (end - begin + parts - 1) / parts};
-}
-
-// Sets streams[] to the planes of the group with index `group`; returns their number.
-inline int64_t group_streams(const PackedWeightView& weight, const TileOrder& order, int64_t group,
-                             const char** streams) {
-  int64_t count = 0;
-  if (group >= order.part_length) return 0;
-  for (int64_t part = 0; part < order.parts; ++part) {
-    const int64_t tile = order.begin + part * order.part_length + group;
-    if (tile >= order.end) break;
-    for (int64_t plane = 0; plane < weight.planes; ++plane) {
-      const int64_t index = tile * weight.planes + plane;
-      streams[count++] = reinterpret_cast<const char*>(weight.signs + index * weight.words * kRowsPerTile);
+// Adds outlier_scale * sum of delta * activation to the rows of kTiles tiles, and what the means contribute. The tiles
+// advance together: all of them read the same few lines of the activations.
+template <int kTiles>
+inline void add_outliers(const PackedWeightView& weight, const DecodeActivations& activations, int64_t first_tile,
+                         RowSums* rows) {
+  const int64_t per_tile = weight.outliers * kRowsPerTile;
+  const uint16_t* columns = weight.outlier_columns + first_tile * per_tile;
+  const int8_t* deltas = weight.outlier_deltas + first_tile * per_tile;
+  RowSums sums[kTiles];
+  for (RowSums& sum : sums) sum = splat_rows(0.0f);
+  for (int64_t i = 0; i < weight.outliers; ++i, columns += kRowsPerTile, deltas += kRowsPerTile) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) {
+      const uint16_t* tile_columns = columns + t * per_tile;
+      const int8_t* tile_deltas = deltas + t * per_tile;
+      // Those of the next group.
+      prefetch(tile_columns, kTiles * per_tile * 2);
+      prefetch(tile_deltas, kTiles * per_tile);
+      sums[t].low =
+          _mm512_fmadd_ps(load_int8_lanes(tile_deltas), gather_columns(activations.columns, tile_columns), sums[t].low);
+      sums[t].high = _mm512_fmadd_ps(load_int8_lanes(tile_deltas + 16),
+                                     gather_columns(activations.columns, tile_columns + 16), sums[t].high);
     }
   }
-  return count;
+  for (int t = 0; t < kTiles; ++t) {
+    const int64_t first_row = (first_tile + t) * kRowsPerTile;
+    prefetch(weight.outlier_scales + first_row, kScalesAhead);
+    rows[t] = multiply_add(load_float16_rows(weight.outlier_scales + first_row), sums[t], rows[t]);
+    if (weight.means != nullptr) {
+      rows[t] = multiply_add(load_float16_rows(weight.means + first_row), splat_rows(activations.sum), rows[t]);
+    }
+  }
 }
 
 template <ActivationPrecision kPrecision>
 inline void gemv_tiles(const PackedWeightView& weight, const DecodeActivations* const* activations, int64_t tokens,
                        int64_t tile_begin, int64_t tile_end, const LinearOutput& output) {
-  const TileOrder order = tile_order(weight, tile_begin, tile_end);
-  const char* streams[kTileStreams * kMaxPlanes];
-  const char* const nothing = reinterpret_cast<const char*>(activations[0]);
-  for (int64_t group = 0; group < order.part_length; ++group) {
-    const int64_t count = group_streams(weight, order, group + 1, streams);
-    SignPrefetch next = {streams, count, 0, 0, 2 * kCacheLine, group == 0 ? kFirstTileAhead : 0};
-    SignPrefetch none = {&nothing, 1, 0, 0, 0, 0};
-    if (count == 0) {
-      next = none;
-      next.ahead = group == 0 ? kFirstTileAhead : 0;
-    }
-    for (int64_t part = 0; part < order.parts; ++part) {
-      const int64_t tile = order.begin + part * order.part_length + group;
-      if (tile >= order.end) break;
-      for (int64_t token = 0; token < tokens; ++token) {
-        SignPrefetch* fetch = token == 0 ? &next : &none;
-        store_rows(weight, output, token, tile, linear_tile<kPrecision>(weight, *activations[token], tile, fetch));
+  for (int64_t begin = tile_begin; begin < tile_end; begin += kTileGroup) {
+    const int64_t tiles = tile_end - begin < kTileGroup ? tile_end - begin : kTileGroup;
+    for (int64_t token = 0; token < tokens; ++token) {
+      // The first token has brought the signs for the others.
+      const int64_t ahead = token == 0 ? kDecodeAhead : 0;
+      RowSums rows[kTileGroup];
+      for (int64_t t = 0; t < tiles; ++t) {
+        rows[t] = sum_planes<kPrecision>(weight, *activations[token], begin + t, ahead);
       }
+      if (tiles == kTileGroup) {
+        add_outliers<kTileGroup>(weight, *activations[token], begin, rows);
+      } else {
+        for (int64_t t = 0; t < tiles; ++t) add_outliers<1>(weight, *activations[token], begin + t, rows + t);
+      }
+      for (int64_t t = 0; t < tiles; ++t) store_rows(weight, output, token, begin + t, rows[t]);
     }
   }
 }
@@ -377,8 +343,8 @@ inline void gemv(const PackedWeightView& weight, const DecodeActivations* const*
 }
 
 inline int64_t decode_activation_bytes(int64_t in_features, ActivationPrecision precision) {
-  const int64_t halves = precision == ActivationPrecision::kInt16 ? 2 : 1;
-  return static_cast<int64_t>(sizeof(DecodeActivations)) + halves * code_bytes(in_features);
+  const int64_t second = precision == ActivationPrecision::kInt16 ? code_bytes(in_features) : flip_bytes(in_features);
+  return static_cast<int64_t>(sizeof(DecodeActivations)) + code_bytes(in_features) + second;
 }
 
 inline void prepare_decode(const PackedWeightView& weight, const LinearInput& input, int64_t token,
@@ -393,9 +359,12 @@ inline void prepare_decode(const PackedWeightView& weight, const LinearInput& in
   activations->exact_count = 0;
   if (precision == ActivationPrecision::kExact) return;
 
-  const float largest =
-      precision == ActivationPrecision::kInt8 ? select_exact_columns(scaled, width, activations) : largest_of(scaled);
-  const CodeScale scale = code_scale(largest, scaled.sum, precision);
+  float largest = largest_of(scaled);
+  if (precision == ActivationPrecision::kInt8) {
+    const auto select = [&] { return select_exact_columns(scaled, width, activations); };
+    largest = select_if_outstanding(kDecodeOutstanding, largest, scaled.square_sum, width, select, activations);
+  }
+  const CodeScale scale = code_scale(largest, scaled.sum, decode_code_max(precision));
   const __m512 inverse = _mm512_set1_ps(scale.inverse);
   activations->code_scale = scale.scale;
   __m512i high_sum = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
@@ -409,8 +378,11 @@ inline void prepare_decode(const PackedWeightView& weight, const LinearInput& in
     activations->high_code_sum = _mm512_reduce_add_epi32(high_sum);
   } else {
     for (int32_t i = 0; i < activations->exact_count; ++i) columns[activations->exact_columns[i]] = 0.0f;
+    int8_t* flips = codes + code_bytes(width);
     for (int64_t k = 0; k < width; k += 64) {
-      _mm512_storeu_si512(codes + k, encode_int8(columns + k, inverse, &sum, nullptr));
+      uint64_t negative;
+      _mm512_storeu_si512(codes + k, encode_magnitudes(columns + k, inverse, &sum, &negative));
+      __builtin_memcpy(flips + k / 8, &negative, sizeof(negative));
     }
     for (int32_t i = 0; i < activations->exact_count; ++i) {
       columns[activations->exact_columns[i]] = activations->exact_values[i];

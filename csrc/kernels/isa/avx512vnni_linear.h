@@ -14,7 +14,7 @@ namespace avx512vnni {
 inline int64_t decode_token_limit(const PackedWeightView& weight, ActivationPrecision precision) {
   if (precision == ActivationPrecision::kExact) return kMaxDecodeTokens / weight.planes;
   if (precision == ActivationPrecision::kInt16) return weight.planes == 1 ? 2 : 1;
-  return weight.planes <= 2 ? 3 : weight.planes <= 4 ? 2 : 1;
+  return weight.planes == 1 ? 3 : weight.planes <= 3 ? 2 : 1;
 }
 
 constexpr LinearKernels kKernels = {

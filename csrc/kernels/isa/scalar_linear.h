@@ -10,8 +10,8 @@ namespace loop_singular_bit {
 namespace {
 namespace scalar_linear {
 
-// One prepared token, wherever its arrays lie. Codes are int16 in natural order, zero-padded to whole words: int8 codes
-// fit as well.
+// One prepared token, wherever its arrays lie. Codes are int16 in natural order, zero-padded to whole words: shorter
+// codes fit as well.
 struct Token {
   ActivationPrecision precision;
   const int16_t* codes;  // unless kExact
@@ -27,7 +27,11 @@ struct Token {
 
 inline float activation(const Token& token, int64_t column) {
   if (column >= token.column_limit) return 0.0f;
-  return token.columns != nullptr ? token.columns[column] : token.code_scale * static_cast<float>(token.codes[column]);
+  if (token.columns != nullptr) return token.columns[column];
+  for (int32_t i = 0; i < token.exact_count; ++i) {
+    if (token.exact_columns[i] == column) return token.exact_values[i];
+  }
+  return token.code_scale * static_cast<float>(token.codes[column]);
 }
 
 inline int64_t padded_columns(int64_t in_features) {
@@ -128,6 +132,13 @@ inline void store_rows(const LinearOutput& output, int64_t token, int64_t first_
   }
 }
 
+inline void erase_exact_codes(const ExactColumns& exact, int16_t* codes, int32_t* code_sum) {
+  for (int32_t i = 0; i < exact.exact_count; ++i) {
+    *code_sum -= codes[exact.exact_columns[i]];
+    codes[exact.exact_columns[i]] = 0;
+  }
+}
+
 inline int64_t decode_token_limit(const PackedWeightView&, ActivationPrecision) { return kMaxDecodeTokens; }
 
 inline int64_t decode_activation_bytes(int64_t in_features, ActivationPrecision) {
@@ -138,29 +149,29 @@ inline int64_t decode_activation_bytes(int64_t in_features, ActivationPrecision)
 inline void prepare_decode(const PackedWeightView& weight, const LinearInput& input, int64_t token,
                            ActivationPrecision precision, DecodeActivations* activations) {
   float* columns = activations->columns;
-  float sum = 0.0f;
+  float sum = 0.0f, square_sum = 0.0f, largest = 0.0f;
   for (int64_t k = 0; k < weight.in_features; ++k) {
     columns[k] = scaled_activation(weight, input, token, k);
     sum += columns[k];
+    square_sum += columns[k] * columns[k];
+    largest = magnitude_of(columns[k]) > largest ? magnitude_of(columns[k]) : largest;
   }
   activations->sum = sum;
   clear_beyond(weight.in_features, activations);
   activations->precision = precision;
   activations->exact_count = 0;
   if (precision == ActivationPrecision::kExact) return;
-  const float largest = precision == ActivationPrecision::kInt8 ? select_exact_columns(weight.in_features, activations)
-                                                                : largest_magnitude(columns, weight.in_features);
-  const CodeScale scale = code_scale(largest, sum, precision);
+  if (precision == ActivationPrecision::kInt8) {
+    largest = select_outstanding_columns(largest, square_sum, weight.in_features, activations);
+  }
+  const CodeScale scale = code_scale(largest, sum, decode_code_max(precision));
   int16_t* codes = reinterpret_cast<int16_t*>(activations + 1);
   int32_t code_sum = 0;
   for (int64_t k = 0; k < padded_columns(weight.in_features); ++k) {
     codes[k] = k < weight.in_features ? code_of(columns[k], scale.inverse) : static_cast<int16_t>(0);
     code_sum += codes[k];
   }
-  for (int32_t i = 0; i < activations->exact_count; ++i) {
-    code_sum -= codes[activations->exact_columns[i]];
-    codes[activations->exact_columns[i]] = 0;
-  }
+  erase_exact_codes(*activations, codes, &code_sum);
   activations->code_sum = code_sum;
   activations->code_scale = scale.scale;
 }
@@ -186,7 +197,7 @@ inline void gemv(const PackedWeightView& weight, const DecodeActivations* const*
 
 constexpr int64_t kPrefillUnitTokens = 1;
 
-struct PrefillToken {
+struct PrefillToken : ExactColumns {
   float sum;
   float code_scale;
   int32_t code_sum;
@@ -217,16 +228,28 @@ inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& i
     PrefillToken* prepared = reinterpret_cast<PrefillToken*>(memory);
     float* columns = reinterpret_cast<float*>(memory + align(sizeof(PrefillToken)));
     int16_t* codes = reinterpret_cast<int16_t*>(columns);
-    float largest = 0.0f;
+    float largest = 0.0f, square_sum = 0.0f;
     prepared->sum = 0.0f;
     prepared->code_sum = 0;
+    prepared->exact_count = 0;
     for (int64_t k = 0; k < weight.in_features; ++k) {
       const float value = scaled_activation(weight, input, token, k);
       prepared->sum += value;
+      square_sum += value * value;
       largest = magnitude_of(value) > largest ? magnitude_of(value) : largest;
       if (precision == ActivationPrecision::kExact) columns[k] = value;
     }
-    const CodeScale scale = code_scale(largest, prepared->sum, precision);
+    if (precision == ActivationPrecision::kInt8) {
+      float block[kExactGroups];
+      const auto block_at = [&](int64_t first) {
+        for (int64_t i = 0; i < kExactGroups; ++i) {
+          block[i] = first + i < weight.in_features ? scaled_activation(weight, input, token, first + i) : 0.0f;
+        }
+        return block;
+      };
+      largest = select_outstanding_columns(largest, square_sum, weight.in_features, block_at, prepared);
+    }
+    const CodeScale scale = code_scale(largest, prepared->sum, prefill_code_max(precision));
     prepared->code_scale = scale.scale;
     for (int64_t k = weight.in_features; k < padded_columns(weight.in_features); ++k) {
       if (precision == ActivationPrecision::kExact) {
@@ -240,6 +263,7 @@ inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& i
       codes[k] = code_of(scaled_activation(weight, input, token, k), scale.inverse);
       prepared->code_sum += codes[k];
     }
+    erase_exact_codes(*prepared, codes, &prepared->code_sum);
   }
 }
 
@@ -259,6 +283,9 @@ inline void gemm(const PackedWeightView& weight, const void* activations, int64_
       token.sum = prepared.sum;
       token.code_scale = prepared.code_scale;
       token.code_sum = prepared.code_sum;
+      token.exact_count = prepared.exact_count;
+      token.exact_columns = prepared.exact_columns;
+      token.exact_values = prepared.exact_values;
       float rows[kRowsPerTile];
       linear_tile(weight, token, tile, rows);
       store_rows(output, t, tile * kRowsPerTile, weight.out_features, rows);

@@ -49,6 +49,11 @@ inline Bytes64 bytes_and(Bytes64 a, Bytes64 b) {
   return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
 }
 
+inline Bytes64 bytes_xor_words(Bytes64 a, int32_t word) {
+  const __m256i all = _mm256_set1_epi32(word);
+  return {_mm256_xor_si256(a.low, all), _mm256_xor_si256(a.high, all)};
+}
+
 inline Bytes64 bytes_add(Bytes64 a, Bytes64 b) {
   return {_mm256_add_epi8(a.low, b.low), _mm256_add_epi8(a.high, b.high)};
 }
@@ -121,6 +126,15 @@ inline Counts16 dot_accumulate(Counts16 sums, Bytes64 left, ByteGroups right) {
   return {_mm256_dpbusd_epi32(sums.low, left.low, x), _mm256_dpbusd_epi32(sums.high, left.high, x)};
 }
 
+// The same with unsigned right bytes and left bytes of 0..127.
+template <int kGroup>
+inline Counts16 dot_accumulate_unsigned(Counts16 sums, Bytes64 left, ByteGroups right) {
+  int32_t four;
+  __builtin_memcpy(&four, right.bytes + 4 * kGroup, sizeof(four));
+  const __m256i x = _mm256_set1_epi32(four);
+  return {_mm256_dpbusd_epi32(sums.low, x, left.low), _mm256_dpbusd_epi32(sums.high, x, left.high)};
+}
+
 inline Counts16 dot_accumulate_four(Counts16 sums, Bytes64 left, const int8_t* right) {
   return dot_accumulate<0>(sums, left, ByteGroups{right});
 }
@@ -152,6 +166,12 @@ inline Int8x16 int8_from_int16(__m256i a) {
 // Rounds to nearest even, saturates.
 inline Int8x16 round_to_int8(F32x16 a) { return int8_from_int16(int16_from_float(a)); }
 
+// As unsigned bytes, for values from 0 to 255.
+inline Int8x16 round_to_uint8(F32x16 a) {
+  const __m256i words = int16_from_float(a);
+  return {_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1))};
+}
+
 // Rounded value = 256 * high + low, for magnitudes up to 127 * 256.
 inline void round_to_halves(F32x16 a, Int8x16* high, Int8x16* low) {
   const __m256i code = int16_from_float(a);
@@ -177,6 +197,11 @@ inline Int32x4 zero_sums() { return {_mm_setzero_si128()}; }
 inline Int32x4 add_codes(Int32x4 sums, Codes32 codes) {
   const __m128i ones = _mm_set1_epi8(1);
   return {_mm_dpbusd_epi32(_mm_dpbusd_epi32(sums.all, ones, codes.low), ones, codes.high)};
+}
+
+inline Int32x4 add_unsigned_codes(Int32x4 sums, Codes32 codes) {
+  const __m128i ones = _mm_set1_epi8(1);
+  return {_mm_dpbusd_epi32(_mm_dpbusd_epi32(sums.all, codes.low, ones), codes.high, ones)};
 }
 
 inline int32_t total(Int32x4 sums) {

@@ -236,6 +236,12 @@ inline Bytes64 bytes_and(Bytes64 a, Bytes64 b) {
   return a;
 }
 
+inline Bytes64 bytes_xor_words(Bytes64 a, int32_t word) {
+  const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(word));
+  for (int i = 0; i < 4; ++i) a.quad[i] = veorq_s8(a.quad[i], all);
+  return a;
+}
+
 inline Bytes64 bytes_add(Bytes64 a, Bytes64 b) {
   for (int i = 0; i < 4; ++i) a.quad[i] = vaddq_s8(a.quad[i], b.quad[i]);
   return a;
@@ -308,6 +314,17 @@ inline Counts16 dot_accumulate(Counts16 sums, Bytes64 left, ByteGroups right) {
   return sums;
 }
 
+// The same with unsigned right bytes and left bytes of 0..127.
+template <int kGroup>
+inline Counts16 dot_accumulate_unsigned(Counts16 sums, Bytes64 left, ByteGroups right) {
+  const uint8x16_t x = vreinterpretq_u8_s8(right.half[kGroup / 4]);
+  for (int i = 0; i < 4; ++i) {
+    sums.quad[i] = vreinterpretq_s32_u32(
+        vdotq_laneq_u32(vreinterpretq_u32_s32(sums.quad[i]), vreinterpretq_u8_s8(left.quad[i]), x, kGroup % 4));
+  }
+  return sums;
+}
+
 inline Counts16 dot_accumulate_four(Counts16 sums, Bytes64 left, const int8_t* right) {
   int32_t four;
   __builtin_memcpy(&four, right, sizeof(four));
@@ -339,6 +356,11 @@ inline Int8x16 round_to_int8(F32x16 a) {
                       vqmovn_s16(int16_from_float(a.quad[2], a.quad[3])))};
 }
 
+inline Int8x16 round_to_uint8(F32x16 a) {
+  return {vreinterpretq_s8_u8(vcombine_u8(vqmovun_s16(int16_from_float(a.quad[0], a.quad[1])),
+                                          vqmovun_s16(int16_from_float(a.quad[2], a.quad[3]))))};
+}
+
 inline void round_to_halves(F32x16 a, Int8x16* high, Int8x16* low) {
   const int16x8_t first = int16_from_float(a.quad[0], a.quad[1]), second = int16_from_float(a.quad[2], a.quad[3]);
   const int16x8_t half = vdupq_n_s16(128);
@@ -364,6 +386,12 @@ inline Int32x4 zero_sums() { return {vdupq_n_s32(0)}; }
 inline Int32x4 add_codes(Int32x4 sums, Codes32 codes) {
   const int8x16_t ones = vdupq_n_s8(1);
   return {vdotq_s32(vdotq_s32(sums.all, codes.low, ones), codes.high, ones)};
+}
+
+inline Int32x4 add_unsigned_codes(Int32x4 sums, Codes32 codes) {
+  const uint8x16_t ones = vdupq_n_u8(1);
+  const uint32x4_t low = vdotq_u32(vreinterpretq_u32_s32(sums.all), vreinterpretq_u8_s8(codes.low), ones);
+  return {vreinterpretq_s32_u32(vdotq_u32(low, vreinterpretq_u8_s8(codes.high), ones))};
 }
 
 inline int32_t total(Int32x4 sums) { return vaddvq_s32(sums.all); }

@@ -11,7 +11,7 @@ TEST(ThreadPool, EveryIndexIsDoneOnce) {
   for (const int threads : {1, 2, 5}) {
     ThreadPool pool(threads);
     EXPECT_EQ(pool.threads(), threads);
-    for (int round = 0; round < 300; ++round) {
+    for (int round = 0; round < 3000; ++round) {
       const int64_t count = round % 70;
       std::vector<std::atomic<int>> done(count);
       pool.for_each(count, 1 + round % 7, [&](int64_t begin, int64_t end, int thread) {
