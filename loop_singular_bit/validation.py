@@ -1,170 +1,34 @@
-"""How much a compressed model differs from its original: language-model metrics on text, weight and output errors.
+"""Compressed weights, layers and models against their originals, and verdicts on them.
 
 Only the model-level figures (perplexity ratio, KL divergence, top-1 agreement) say something about quality; an error of
-a weight or of a layer's output is a diagnosis, not a verdict, and is named as what it is.
+a weight or of a layer's output is a diagnosis, not a verdict, and is named as what it is. Limits on them can be set;
+none is by default.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from .language_model_evaluation import NOT_EVALUATED, LanguageModelEvaluation, evaluate_language_model
 from .packed_weight import PackedWeight
 from .quantization.weight_errors import WeightErrors, measure_weight_errors
 
-NOT_EVALUATED = "not evaluated"
+__all__ = [
+    "NOT_EVALUATED",
+    "LanguageModelEvaluation",
+    "QualityValidator",
+    "evaluate_language_model",
+    "grade_kl_divergence",
+]
 
-# Positions whose log-probabilities are held at once: 128 x 150,000 words in float32 are 77 MB.
-_POSITIONS_AT_ONCE = 128
-
-
-@dataclass(frozen=True)
-class LanguageModelEvaluation:
-    """What `evaluate_language_model` measured; figures that need an original are None when there was none.
-
-    Attributes:
-        tokens: predicted tokens.
-        windows: windows they lie in.
-        window: positions per window.
-        beginning_token: whether every window starts with the tokenizer's beginning-of-sequence token.
-        perplexity: of the model.
-        perplexity_original: of the original.
-        perplexity_ratio: perplexity / perplexity_original.
-        kl_divergence: mean over tokens of KL(original || model), in nats.
-        kl_divergence_median, kl_divergence_p99: median and 99th percentile over tokens.
-        top1_agreement: share of tokens at which both models rank the same word first.
-        *_standard_error: of the figure before it, tokens taken as independent (they are correlated within a text, so
-            that the true uncertainty is somewhat larger); that of the ratio is paired token by token.
-    """
-
-    tokens: int
-    windows: int
-    window: int
-    beginning_token: bool
-    perplexity: float
-    perplexity_standard_error: float
-    perplexity_original: float | None = None
-    perplexity_original_standard_error: float | None = None
-    perplexity_ratio: float | None = None
-    perplexity_ratio_standard_error: float | None = None
-    kl_divergence: float | None = None
-    kl_divergence_standard_error: float | None = None
-    kl_divergence_median: float | None = None
-    kl_divergence_p99: float | None = None
-    top1_agreement: float | None = None
-    top1_agreement_standard_error: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures by name; the ones that need an original say "not evaluated" when there was none."""
-        return {name: NOT_EVALUATED if value is None else value for name, value in asdict(self).items()}
-
-
-def evaluate_language_model(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    texts: str | Iterable[str],
-    *,
-    original: torch.nn.Module | None = None,
-    window: int = 512,
-    max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> LanguageModelEvaluation:
-    """Perplexity of a causal language model on texts and, given its original, how far the two disagree.
-
-    Protocol. Each text is tokenized on its own, without special tokens, and cut into windows that do not overlap; no
-    token is predicted across a window's border. When the tokenizer has a beginning-of-sequence token, every window is
-    that token followed by `window` - 1 tokens of text, all of them predicted; without one, a window is `window` tokens
-    of text and the first is context only. A text's last window is as long as what is left. Logits are turned into
-    log-probabilities in float32, per-token values are summed in float64. KL, its percentiles and top-1 agreement are
-    defined as in llama.cpp's `--kl-divergence`: KL(original || model) at every predicted token.
-
-    Memory: logits of one window per model; nothing of the original is kept beyond a few numbers per token.
-
-    Args:
-        model: anything whose call with `input_ids` [1, length] returns an object with `logits` [1, length, vocabulary].
-        tokenizer: a Transformers tokenizer, the same for both models.
-        texts: one text or several.
-        original: the uncompressed model.
-        window: positions per window, at least 2; at most what the model was trained on.
-        max_tokens: stop after predicting this many tokens.
-        progress: called after each window with the tokens predicted so far and the tokens there are.
-
-    Raises:
-        ValueError: nothing to predict, a window below 2 or above the model's positions, or two vocabularies.
-    """
-    if window < 2:
-        raise ValueError(f"window: expected at least 2 positions, got {window}")
-    for name, evaluated in (("model", model), ("original", original)):
-        positions = getattr(getattr(evaluated, "config", None), "max_position_embeddings", None)
-        if isinstance(positions, int) and window > positions:
-            raise ValueError(f"window: the {name} has {positions} positions, got {window}")
-    beginning = getattr(tokenizer, "bos_token_id", None)
-    windows = list(_windows([texts] if isinstance(texts, str) else texts, tokenizer, beginning, window, max_tokens))
-    total = sum(len(ids) - 1 for ids in windows)
-    if total == 0:
-        raise ValueError("texts: expected at least one token to predict, got none")
-
-    losses = torch.empty(total, dtype=torch.float64)
-    original_losses = torch.empty(total if original is not None else 0, dtype=torch.float64)
-    divergences = torch.empty_like(original_losses)
-    same_top1 = 0
-    done = 0
-    with torch.inference_mode(), _evaluating(model), _evaluating(original):
-        for ids in windows:
-            logits = _logits(model, ids)
-            original_logits = None if original is None else _logits(original, ids)
-            if original_logits is not None and original_logits.shape != logits.shape:
-                raise ValueError(
-                    f"original: expected a vocabulary of {logits.shape[-1]} words as the model has, "
-                    f"got {original_logits.shape[-1]}"
-                )
-            targets = torch.tensor(ids[1:])
-            for first in range(0, len(targets), _POSITIONS_AT_ONCE):
-                positions = slice(first, min(first + _POSITIONS_AT_ONCE, len(targets)))
-                into = slice(done + positions.start, done + positions.stop)
-                log_probabilities = torch.log_softmax(logits[positions].float(), dim=-1)
-                losses[into] = -_chosen(log_probabilities, targets[positions])
-                if original_logits is not None:
-                    expected = torch.log_softmax(original_logits[positions].float(), dim=-1)
-                    original_losses[into] = -_chosen(expected, targets[positions])
-                    divergences[into] = (expected.exp() * (expected - log_probabilities)).double().sum(dim=-1).cpu()
-                    same_top1 += int((expected.argmax(dim=-1) == log_probabilities.argmax(dim=-1)).sum())
-            done += len(targets)
-            if progress is not None:
-                progress(done, total)
-
-    perplexity, perplexity_error = _perplexity(losses)
-    base = LanguageModelEvaluation(
-        tokens=total,
-        windows=len(windows),
-        window=window,
-        beginning_token=beginning is not None,
-        perplexity=perplexity,
-        perplexity_standard_error=perplexity_error,
-    )
-    if original is None:
-        return base
-    perplexity_original, original_error = _perplexity(original_losses)
-    ratio, ratio_error = _perplexity(losses - original_losses)
-    agreement = same_top1 / total
-    return LanguageModelEvaluation(
-        **{name: value for name, value in asdict(base).items() if value is not None},
-        perplexity_original=perplexity_original,
-        perplexity_original_standard_error=original_error,
-        perplexity_ratio=ratio,
-        perplexity_ratio_standard_error=ratio_error,
-        kl_divergence=float(divergences.mean()),
-        kl_divergence_standard_error=_standard_error(divergences),
-        kl_divergence_median=float(divergences.median()),
-        kl_divergence_p99=float(divergences.sort().values[min(total - 1, math.ceil(0.99 * total) - 1)]),
-        top1_agreement=agreement,
-        top1_agreement_standard_error=math.sqrt(agreement * (1 - agreement) / total),
-    )
+# Rows of a weight, or tokens of a layer's inputs, that are looked at in double precision at once.
+_ROWS_AT_ONCE = 1024
 
 
 def grade_kl_divergence(kl_divergence: float) -> str:
@@ -179,22 +43,82 @@ def grade_kl_divergence(kl_divergence: float) -> str:
     return "broken"
 
 
+@dataclass(frozen=True)
+class Criterion:
+    """One figure and its limit."""
+
+    measured: float
+    limit: float
+    unit: str
+    passed: bool
+
+
 class QualityValidator:
-    """Measures weights, layers and models against their originals, and judges models. Made to be subclassed.
+    """Measures and judges at three levels: weights, outputs of layers, models. Made to be subclassed.
+
+    Its verdicts decide `LoopCompressor.validate_compression`.
 
     Args:
         quality_threshold: the largest increase of perplexity, in percent of the original's, at which a model passes.
+        max_kl_divergence: the largest mean KL divergence, in nats per token, at which a model passes; None for any.
+        min_top1_agreement: the smallest share of equal first words, 0 to 1, at which a model passes; None for any.
+        max_relative_error: of a weight (Frobenius), at which it passes; None: weights are measured and not judged.
+        max_output_error: of a layer's outputs (relative L2), at which it passes; None: measured and not judged.
 
     Raises:
-        ValueError: a negative threshold.
+        ValueError: a limit below 0, or an agreement above 1.
 
-    Subclasses change what is measured in `validate_layer` and what counts as good in `passes` and `grade`.
+    Subclasses change what is measured in `validate_weight` and `validate_layer`, and what counts as good in
+    `weight_passes`, `layer_passes`, `passes` (of a model) and `grade`.
     """
 
-    def __init__(self, quality_threshold: float = 1.0) -> None:
+    def __init__(
+        self,
+        quality_threshold: float = 1.0,
+        *,
+        max_kl_divergence: float | None = None,
+        min_top1_agreement: float | None = None,
+        max_relative_error: float | None = None,
+        max_output_error: float | None = None,
+    ) -> None:
         if not quality_threshold >= 0:
             raise ValueError(f"quality_threshold: expected a percentage of at least 0, got {quality_threshold}")
+        if min_top1_agreement is not None and not 0 <= min_top1_agreement <= 1:
+            raise ValueError(f"min_top1_agreement: expected 0 to 1, got {min_top1_agreement}")
+        for name, limit in (
+            ("max_kl_divergence", max_kl_divergence),
+            ("max_relative_error", max_relative_error),
+            ("max_output_error", max_output_error),
+        ):
+            if limit is not None and not limit >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {limit}")
         self.quality_threshold = float(quality_threshold)
+        self.max_kl_divergence = max_kl_divergence
+        self.min_top1_agreement = min_top1_agreement
+        self.max_relative_error = max_relative_error
+        self.max_output_error = max_output_error
+
+    def validate_weight(self, original_weight: torch.Tensor, compressed: PackedWeight | torch.Tensor) -> dict[str, Any]:
+        """Errors of one compressed weight [out_features, in_features].
+
+        Args:
+            original_weight: the dense weight.
+            compressed: its packed form, or a dense approximation of it.
+
+        Returns:
+            relative_error: ||original - compressed|| / ||original||, Frobenius.
+            sqnr_db: the same as a signal-to-noise ratio in decibels; infinite when exact.
+            cosine: of the angle between the two, all weights as one vector.
+            max_absolute_error: the largest |original - compressed|.
+            mae_over_range_percent: the figure older documents call quality error; see `WeightErrors`.
+            bits_per_weight: of a packed weight.
+            passed: `weight_passes` of these figures.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        figures = self._weight_figures(original_weight, compressed)
+        return {**figures, "passed": self.weight_passes(figures)}
 
     def validate_layer(
         self,
@@ -202,25 +126,165 @@ class QualityValidator:
         compressed: PackedWeight | torch.Tensor,
         inputs: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """Errors of one compressed weight [out_features, in_features], and of the layer's outputs on given inputs.
+        """Errors of one compressed weight, and of the layer's outputs on given inputs.
 
         Args:
-            original_weight: the dense weight.
+            original_weight: the dense weight [out_features, in_features].
             compressed: its packed form, or a dense approximation of it.
             inputs: [..., in_features] to judge outputs on; without them the output figures are "not evaluated".
 
         Returns:
-            relative_error: ||original - compressed|| / ||original||, Frobenius.
-            sqnr_db: the same as a signal-to-noise ratio in decibels; infinite when exact.
-            max_absolute_error: the largest |original - compressed|.
-            mae_over_range_percent: the figure older documents call quality error; see `WeightErrors`.
-            bits_per_weight: of a packed weight.
-            output_error, output_cosine: relative L2 of the outputs, and their mean cosine over tokens; the outputs of a
-                packed weight are those its kernels compute.
+            What `validate_weight` returns, and output_error, output_cosine: relative L2 of the outputs, and their mean
+            cosine over tokens; the outputs of a packed weight are those its kernels compute. passed: whether neither
+            `weight_passes` nor `layer_passes` says no; "not evaluated" when none of them judges.
 
         Raises:
             ValueError: the shapes differ.
         """
+        figures = self._weight_figures(original_weight, compressed)
+        figures |= {"output_error": NOT_EVALUATED, "output_cosine": NOT_EVALUATED}
+        if inputs is not None:
+            tokens = inputs.detach().float().reshape(-1, inputs.shape[-1])
+            errors = _OutputErrors()
+            for part in tokens.split(_ROWS_AT_ONCE):
+                if isinstance(compressed, PackedWeight):
+                    outputs = compressed.linear(part)
+                else:
+                    outputs = nn.functional.linear(part, compressed.detach().float())
+                errors.add(nn.functional.linear(part, original_weight.detach().float()), outputs)
+            figures |= errors.figures()
+        return {**figures, "passed": _all_pass([self.weight_passes(figures), self.layer_passes(figures)])}
+
+    def validate_layers(
+        self, model: nn.Module, original: nn.Module, windows: torch.Tensor
+    ) -> dict[str, dict[str, Any]]:
+        """Errors of the outputs of every linear, on the inputs that the original model gives it.
+
+        Args:
+            model: the compressed model; its linears have the names of the original's.
+            original: takes `input_ids`.
+            windows: int64 [windows, tokens], such as those of `calibration_windows`.
+
+        Returns:
+            By name of linear: output_error, output_cosine and passed (`layer_passes`).
+
+        Raises:
+            ValueError: a linear of the original that the model lacks.
+        """
+        errors: dict[str, _OutputErrors] = {}
+        handles = []
+
+        def compare(name: str, compressed: nn.Module) -> Any:
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                errors.setdefault(name, _OutputErrors()).add(output, compressed(args[0]))
+
+            return hook
+
+        for name, module in original.named_modules():
+            if isinstance(module, nn.Linear):
+                try:
+                    compressed = model.get_submodule(name)
+                except AttributeError as error:
+                    raise ValueError(f"model: expected the linears of the original, {name} is missing") from error
+                handles.append(module.register_forward_hook(compare(name, compressed)))
+        device = next(original.parameters()).device
+        try:
+            with torch.inference_mode():
+                for window in windows:
+                    original(input_ids=window[None].to(device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        results = {name: measured.figures() for name, measured in errors.items()}
+        return {name: {**figures, "passed": self.layer_passes(figures)} for name, figures in results.items()}
+
+    def validate_model(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        texts: str | Iterable[str],
+        original: nn.Module | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """`evaluate_language_model` and a verdict on it.
+
+        Args:
+            options: further arguments of `evaluate_language_model`.
+
+        Returns:
+            Its figures, `perplexity_increase_percent`, the limits, `grade` (of the KL divergence) and `passed`; without
+            an original the last two, and every figure that needs one, are "not evaluated".
+        """
+        return self.judge_model(evaluate_language_model(model, tokenizer, texts, original=original, **options))
+
+    def judge_model(self, evaluation: LanguageModelEvaluation) -> dict[str, Any]:
+        """What `validate_model` returns, of an evaluation that was made already."""
+        ratio = evaluation.perplexity_ratio
+        return {
+            **evaluation.to_dict(),
+            "perplexity_increase_percent": NOT_EVALUATED if ratio is None else 100 * (ratio - 1),
+            "quality_threshold": self.quality_threshold,
+            "max_kl_divergence": self.max_kl_divergence,
+            "min_top1_agreement": self.min_top1_agreement,
+            "grade": self.grade(evaluation),
+            "passed": self.passes(evaluation),
+        }
+
+    def validate_results(self, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Verdicts on what `LoopCompressor.compress_model` or `compress_calibrated` returned.
+
+        Returns:
+            weights: of the relative errors in `layer_results`; layers: of the output errors on the calibration text, if
+            there was one; quality: of the evaluation on text. Each with target, measured (the worst), unit and status:
+            "pass", "fail" or "not evaluated".
+        """
+        measured = [layer for layer in results["layer_results"] if layer["relative_error"] is not None]
+        weights = [(layer, self.weight_passes(layer)) for layer in measured]
+        linears = (results.get("calibration") or {}).get("linears", ())
+        measured = [linear for linear in linears if linear["output_error"] is not None]
+        layers = [(linear, self.layer_passes(linear)) for linear in measured]
+        evaluation = results.get("evaluation")
+        return {
+            "weights": _check_all(weights, "relative_error", self.max_relative_error, "relative error of a weight"),
+            "layers": _check_all(layers, "output_error", self.max_output_error, "relative error of a layer's outputs"),
+            "quality": self._check_model(None if evaluation is None else LanguageModelEvaluation.from_dict(evaluation)),
+        }
+
+    def weight_passes(self, figures: Mapping[str, Any]) -> bool | str:
+        """Whether a weight's `relative_error` is within its limit; "not evaluated" without one."""
+        return _within(figures["relative_error"], self.max_relative_error)
+
+    def layer_passes(self, figures: Mapping[str, Any]) -> bool | str:
+        """Whether a layer's `output_error` is within its limit; "not evaluated" without a limit or without inputs."""
+        return _within(figures["output_error"], self.max_output_error)
+
+    def passes(self, evaluation: LanguageModelEvaluation) -> bool | str:
+        """Whether a model meets every limit that is set; "not evaluated" without an original."""
+        criteria = self.model_criteria(evaluation)
+        return all(criterion.passed for criterion in criteria) if criteria else NOT_EVALUATED
+
+    def model_criteria(self, evaluation: LanguageModelEvaluation) -> list[Criterion]:
+        """Increase of perplexity, KL divergence and top-1 agreement against their limits; none without an original."""
+        ratio, divergence = evaluation.perplexity_ratio, evaluation.kl_divergence
+        agreement = evaluation.top1_agreement
+        criteria = []
+        if ratio is not None:
+            increase = 100 * (ratio - 1)
+            passed = increase <= self.quality_threshold
+            criteria.append(Criterion(increase, self.quality_threshold, "percent increase of perplexity", passed))
+        if divergence is not None and (limit := self.max_kl_divergence) is not None:
+            criteria.append(Criterion(divergence, limit, "nats of KL divergence per token", divergence <= limit))
+        if agreement is not None and (limit := self.min_top1_agreement) is not None:
+            criteria.append(Criterion(agreement, limit, "of first words agree, at least", agreement >= limit))
+        return criteria
+
+    def grade(self, evaluation: LanguageModelEvaluation) -> str:
+        """A word for the KL divergence; "not evaluated" without an original."""
+        if evaluation.kl_divergence is None:
+            return NOT_EVALUATED
+        return grade_kl_divergence(evaluation.kl_divergence)
+
+    def _weight_figures(self, original_weight: torch.Tensor, compressed: PackedWeight | torch.Tensor) -> dict[str, Any]:
         if isinstance(compressed, PackedWeight):
             shape = [compressed.out_features, compressed.in_features]
         else:
@@ -231,125 +295,93 @@ class QualityValidator:
             )
         if isinstance(compressed, PackedWeight):
             errors = measure_weight_errors(original_weight, compressed)
+            dense = compressed.dequantize()
         else:
             errors = WeightErrors()
             errors.add(original_weight, compressed)
-        results: dict[str, Any] = {
+            dense = compressed.detach()
+        return {
             "relative_error": errors.relative_error,
             "sqnr_db": errors.sqnr_db,
+            "cosine": _cosine(original_weight.detach(), dense),
             "max_absolute_error": errors.largest_error,
             "mae_over_range_percent": errors.mae_over_range_percent,
             "bits_per_weight": compressed.bits_per_weight if isinstance(compressed, PackedWeight) else NOT_EVALUATED,
         }
-        if inputs is None:
-            return {**results, "output_error": NOT_EVALUATED, "output_cosine": NOT_EVALUATED}
-        tokens = inputs.detach().float().reshape(-1, inputs.shape[-1])
-        expected = torch.nn.functional.linear(tokens, original_weight.detach().float())
-        if isinstance(compressed, PackedWeight):
-            outputs = compressed.linear(tokens)
-        else:
-            outputs = torch.nn.functional.linear(tokens, compressed.detach().float())
-        results["output_error"] = _relative_norm(expected - outputs, expected)
-        cosines = torch.nn.functional.cosine_similarity(expected, outputs, dim=-1)
-        results["output_cosine"] = float(cosines.mean(dtype=torch.float64))
-        return results
 
-    def validate_model(
-        self,
-        model: torch.nn.Module,
-        tokenizer: Any,
-        texts: str | Iterable[str],
-        original: torch.nn.Module | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """`evaluate_language_model` and a verdict on it.
-
-        Args:
-            options: further arguments of `evaluate_language_model`.
-
-        Returns:
-            Its figures, `perplexity_increase_percent`, `quality_threshold`, `grade` (of the KL divergence) and
-            `passed`; without an original the last two, and every figure that needs one, are "not evaluated".
-        """
-        evaluation = evaluate_language_model(model, tokenizer, texts, original=original, **options)
-        ratio = evaluation.perplexity_ratio
+    def _check_model(self, evaluation: LanguageModelEvaluation | None) -> dict[str, Any]:
+        verdict = NOT_EVALUATED if evaluation is None else self.passes(evaluation)
+        criteria = [] if evaluation is None else self.model_criteria(evaluation)
+        shown = next((criterion for criterion in criteria if not criterion.passed), criteria[0] if criteria else None)
         return {
-            **evaluation.to_dict(),
-            "perplexity_increase_percent": NOT_EVALUATED if ratio is None else 100 * (ratio - 1),
-            "quality_threshold": self.quality_threshold,
-            "grade": self.grade(evaluation),
-            "passed": self.passes(evaluation),
+            "target": self.quality_threshold if shown is None else shown.limit,
+            "measured": NOT_EVALUATED if shown is None else shown.measured,
+            "unit": "percent increase of perplexity" if shown is None else shown.unit,
+            "status": _status(verdict),
         }
 
-    def passes(self, evaluation: LanguageModelEvaluation) -> bool | str:
-        """Whether the perplexity rose by at most the threshold; "not evaluated" without an original."""
-        if evaluation.perplexity_ratio is None:
-            return NOT_EVALUATED
-        return 100 * (evaluation.perplexity_ratio - 1) <= self.quality_threshold
 
-    def grade(self, evaluation: LanguageModelEvaluation) -> str:
-        """A word for the KL divergence; "not evaluated" without an original."""
-        if evaluation.kl_divergence is None:
-            return NOT_EVALUATED
-        return grade_kl_divergence(evaluation.kl_divergence)
+class _OutputErrors:
+    """Sums over tokens of a layer's outputs."""
 
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.squared_error = 0.0
+        self.squared_output = 0.0
+        self.cosines = 0.0
 
-def _windows(
-    texts: Iterable[str], tokenizer: Any, beginning: int | None, window: int, max_tokens: int | None
-) -> Iterator[list[int]]:
-    left = math.inf if max_tokens is None else max_tokens
-    prefix = [] if beginning is None else [beginning]
-    for text in texts:
-        # The tokenizer warns about texts longer than the model's positions; they are cut here.
-        encoded: Mapping[str, Any] = tokenizer(text, add_special_tokens=False, verbose=False)
-        ids = list(encoded["input_ids"])
-        step = window - len(prefix)
-        for first in range(0, len(ids), step):
-            if left <= 0:
-                return
-            positions = (prefix + ids[first : first + step])[: min(window, int(min(left, window)) + 1)]
-            if len(positions) < 2:
-                continue
-            left -= len(positions) - 1
-            yield positions
+    def add(self, expected: torch.Tensor, outputs: torch.Tensor) -> None:
+        expected = expected.detach().reshape(-1, expected.shape[-1]).float()
+        outputs = outputs.detach().reshape(expected.shape).float()
+        self.tokens += len(expected)
+        self.squared_error += float((expected - outputs).double().square().sum())
+        self.squared_output += float(expected.double().square().sum())
+        self.cosines += float(nn.functional.cosine_similarity(expected, outputs, dim=-1).sum(dtype=torch.float64))
+
+    def figures(self) -> dict[str, Any]:
+        if self.squared_output == 0:
+            error = 0.0 if self.squared_error == 0 else math.inf
+        else:
+            error = math.sqrt(self.squared_error / self.squared_output)
+        return {"output_error": error, "output_cosine": self.cosines / self.tokens}
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module | None) -> Iterator[None]:
-    """Without dropout; afterwards the model trains again if it did."""
-    training = model is not None and model.training
-    if model is not None:
-        model.eval()
-    try:
-        yield
-    finally:
-        if model is not None:
-            model.train(training)
+def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Of the angle between two matrices of one shape; 1 when both are zero, 0 when one is."""
+    product = squared_first = squared_second = 0.0
+    for one, other in zip(first.split(_ROWS_AT_ONCE), second.split(_ROWS_AT_ONCE), strict=True):
+        one, other = one.double(), other.double()
+        product += float((one * other).sum())
+        squared_first += float(one.square().sum())
+        squared_second += float(other.square().sum())
+    if squared_first == 0 or squared_second == 0:
+        return 1.0 if squared_first == squared_second else 0.0
+    return product / math.sqrt(squared_first * squared_second)
 
 
-def _logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """[predicted tokens, vocabulary]: the last position predicts nothing that is known."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1]
+def _within(measured: float | str, limit: float | None) -> bool | str:
+    if limit is None or isinstance(measured, str):
+        return NOT_EVALUATED
+    return measured <= limit
 
 
-def _chosen(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    targets = targets.to(log_probabilities.device)
-    return log_probabilities.gather(-1, targets[:, None])[:, 0].double().cpu()
+def _all_pass(verdicts: Sequence[bool | str]) -> bool | str:
+    judged = [verdict for verdict in verdicts if isinstance(verdict, bool)]
+    return all(judged) if judged else NOT_EVALUATED
 
 
-def _perplexity(losses: torch.Tensor) -> tuple[float, float]:
-    """exp(mean) and its standard error, by the delta method; of differences of losses it is a ratio of perplexities."""
-    mean = float(losses.mean())
-    value = math.exp(mean) if mean < 700 else math.inf
-    return value, value * _standard_error(losses)
+def _check_all(
+    judged: Sequence[tuple[Mapping[str, Any], bool | str]], figure: str, limit: float | None, unit: str
+) -> dict[str, Any]:
+    failed = [figures for figures, verdict in judged if verdict is False]
+    shown = failed or [figures for figures, _ in judged]
+    return {
+        "target": limit,
+        "measured": max(figures[figure] for figures in shown) if shown else NOT_EVALUATED,
+        "unit": unit,
+        "status": _status(_all_pass([verdict for _, verdict in judged])),
+    }
 
 
-def _standard_error(values: torch.Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _relative_norm(difference: torch.Tensor, reference: torch.Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(reference, dtype=torch.float64))
-    error = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
-    return error / norm if norm > 0 else 0.0 if error == 0 else math.inf
+def _status(verdict: bool | str) -> str:
+    return verdict if isinstance(verdict, str) else "pass" if verdict else "fail"

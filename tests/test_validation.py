@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from loop_singular_bit.validation import (
     evaluate_language_model,
     grade_kl_divergence,
 )
+from loop_singular_bit.window_bootstrap import WindowBootstrap
 
 VOCABULARY = 11
 
@@ -86,9 +90,11 @@ def test_max_tokens_and_progress() -> None:
     evaluation = evaluate_language_model(
         model, Letters(10), TEXTS, window=8, max_tokens=9, progress=lambda *call: calls.append(call)
     )
-    assert model.seen == [[10, 0, 1, 2, 3, 4, 5, 6], [10, 7, 8]]
+    # Three tokens of each text; the last one has one only, and leaves two to the others.
+    assert model.seen == [[10, 0, 1, 2, 3], [10, 9, 8, 7, 6], [10, 0]]
     assert evaluation.tokens == 9
-    assert calls == [(7, 9), (9, 9)]
+    assert [text.tokens for text in evaluation.per_text] == [4, 4, 1]
+    assert calls == [(4, 9), (8, 9), (9, 9)]
 
 
 def test_figures_against_a_plain_computation() -> None:
@@ -104,7 +110,6 @@ def test_figures_against_a_plain_computation() -> None:
             divergences.append((p.exp() * (p - q)).sum().item())
             same.append(bool(q.argmax() == p.argmax()))
     tokens = len(losses)
-    delta = torch.tensor(losses) - torch.tensor(original_losses)
     expected = {
         "tokens": tokens,
         "perplexity": math.exp(sum(losses) / tokens),
@@ -114,8 +119,6 @@ def test_figures_against_a_plain_computation() -> None:
         "kl_divergence_median": sorted(divergences)[tokens // 2],
         "kl_divergence_p99": max(divergences),
         "top1_agreement": sum(same) / tokens,
-        "perplexity_ratio_standard_error": math.exp(float(delta.mean())) * float(delta.std()) / math.sqrt(tokens),
-        "kl_divergence_standard_error": float(torch.tensor(divergences).std()) / math.sqrt(tokens),
     }
     results = evaluation.to_dict()
     for name, value in expected.items():
@@ -251,3 +254,148 @@ def test_layer_without_inputs_and_an_exact_layer() -> None:
     for other in (torch.zeros(32, 31), quantize_weight(torch.randn(64, 32), "b4")):
         with pytest.raises(ValueError, match="shape of the original weight"):
             QualityValidator().validate_layer(weight, other)
+
+
+def correlated_windows(windows: int, length: int, seed: int) -> torch.Tensor:
+    """Values whose windows differ more than the values within one."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randn(windows, 1, generator=generator, dtype=torch.float64)
+    return (levels + 0.1 * torch.randn(windows, length, generator=generator, dtype=torch.float64)).flatten()
+
+
+def test_errors_are_those_of_independent_windows() -> None:
+    windows, length = 200, 20
+    values = correlated_windows(windows, length, 0)
+    estimate = WindowBootstrap([length] * windows).mean(values)
+    means = values.view(windows, length).mean(dim=1)
+    expected = float(means.std()) / math.sqrt(windows)
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.standard_error == pytest.approx(expected, rel=0.1)
+    assert estimate.standard_error > 3 * float(values.std()) / math.sqrt(len(values))
+    low, high = estimate.interval
+    assert low == pytest.approx(estimate.value - 1.96 * expected, abs=0.2 * expected)
+    assert high == pytest.approx(estimate.value + 1.96 * expected, abs=0.2 * expected)
+    assert WindowBootstrap([length] * windows).mean(values) == estimate
+
+
+def test_ninety_five_percent_of_the_intervals_hold_the_truth() -> None:
+    hits = 0
+    for seed in range(200):
+        low, high = WindowBootstrap([5] * 40).mean(correlated_windows(40, 5, seed)).interval
+        hits += low <= 0 <= high
+    assert 0.90 <= hits / 200 <= 0.98
+
+
+def test_quantiles_and_windows_of_different_lengths() -> None:
+    values = torch.arange(100, dtype=torch.float64)
+    median, p99 = WindowBootstrap([10] * 10).quantiles(values, (0.5, 0.99))
+    assert median.value == values.median() == 49 and p99.value == 98
+    assert 10 <= median.interval[0] < 49 < median.interval[1] <= 89
+    assert p99.interval[1] == 99
+    # A window of one value weighs as much as one value, not as much as a window.
+    uneven = WindowBootstrap([99, 1]).mean(torch.tensor([0.0] * 99 + [100.0], dtype=torch.float64))
+    assert uneven.value == 1 and uneven.interval == (0, 100)
+    single = WindowBootstrap([100])
+    assert single.mean(values).interval is None and single.quantiles(values, (0.5,))[0].interval is None
+
+
+def test_each_text_is_also_reported_alone() -> None:
+    texts = TEXTS[:2]
+    both = evaluate_language_model(Bigrams(1), Letters(10), texts, original=Bigrams(2), window=8)
+    alone = [evaluate_language_model(Bigrams(1), Letters(10), text, original=Bigrams(2), window=8) for text in texts]
+    assert list(both.per_text) == alone
+    assert alone[0].per_text == ()
+    weighted = sum(text.kl_divergence * text.tokens for text in alone) / both.tokens
+    assert both.kl_divergence == pytest.approx(weighted)
+    figures = both.to_dict()
+    assert LanguageModelEvaluation.from_dict(json.loads(json.dumps(figures))) == both
+    assert figures["kl_divergence_interval"][0] <= both.kl_divergence <= figures["kl_divergence_interval"][1]
+    assert [text["tokens"] for text in figures["per_text"]] == [text.tokens for text in alone]
+    without = evaluate_language_model(Bigrams(1), Letters(10), "ab")
+    assert without.perplexity_interval is None
+    assert LanguageModelEvaluation.from_dict(without.to_dict()) == without
+
+
+def test_limits_at_every_level() -> None:
+    weight = torch.randn(64, 96)
+    good, bad = quantize_weight(weight, "b4"), quantize_weight(weight, "b1")
+    errors = [QualityValidator().validate_weight(weight, packed)["relative_error"] for packed in (good, bad)]
+    limit = sum(errors) / 2
+    assert QualityValidator().validate_weight(weight, bad)["passed"] == NOT_EVALUATED
+    strict = QualityValidator(max_relative_error=limit)
+    assert [strict.validate_weight(weight, packed)["passed"] for packed in (good, bad)] == [True, False]
+    inputs = torch.randn(40, 96)
+    for packed, expected in ((good, True), (bad, False)):
+        cosine = float(nn.functional.cosine_similarity(packed.dequantize().flatten(), weight.flatten(), dim=0))
+        assert strict.validate_weight(weight, packed)["cosine"] == pytest.approx(cosine, rel=1e-5)
+        by_outputs = QualityValidator(max_output_error=limit)
+        assert by_outputs.validate_layer(weight, packed)["passed"] == NOT_EVALUATED
+        assert by_outputs.validate_layer(weight, packed, inputs)["passed"] is expected
+        assert strict.validate_layer(weight, packed, inputs)["passed"] is expected
+    model, original = Bigrams(2), Bigrams(1)
+    evaluation = evaluate_language_model(model, Letters(10), TEXTS, original=original)
+    for limits, expected in (
+        ({"max_kl_divergence": evaluation.kl_divergence * 1.01}, True),
+        ({"max_kl_divergence": evaluation.kl_divergence * 0.99}, False),
+        ({"min_top1_agreement": evaluation.top1_agreement}, True),
+        ({"min_top1_agreement": evaluation.top1_agreement + 0.01}, False),
+    ):
+        assert QualityValidator(1e9, **limits).passes(evaluation) is expected
+    for limits in ({"max_kl_divergence": -1}, {"min_top1_agreement": 1.1}, {"max_output_error": math.nan}):
+        with pytest.raises(ValueError, match=next(iter(limits))):
+            QualityValidator(**limits)
+
+
+def test_outputs_of_every_layer_of_a_model() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(VOCABULARY, 64)
+            self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(self.table(input_ids)).relu())
+
+    original = Two()
+    model = copy.deepcopy(original)
+    model.down.weight.data = quantize_weight(original.down.weight, "b1").dequantize()
+    windows = torch.randint(0, VOCABULARY, (3, 20))
+    figures = QualityValidator(max_output_error=0.01).validate_layers(model, original, windows)
+    assert figures["up"] == {"output_error": 0, "output_cosine": pytest.approx(1), "passed": True}
+    hidden = original.up(original.table(windows)).relu()
+    expected, outputs = original.down(hidden), model.down(hidden)
+    error = float((outputs - expected).detach().norm() / expected.detach().norm())
+    assert figures["down"]["output_error"] == pytest.approx(error, rel=1e-4)
+    assert figures["down"]["passed"] is False
+    del model.up
+    with pytest.raises(ValueError, match="up is missing"):
+        QualityValidator().validate_layers(model, original, windows)
+
+
+def results(relative_error: float, output_error: float | None, evaluation: LanguageModelEvaluation | None) -> dict:
+    """What `validate_results` reads of a compression's results."""
+    linears = [{"output_error": output_error}, {"output_error": 0.0}]
+    return {
+        "layer_results": [{"relative_error": 0.1}, {"relative_error": None}, {"relative_error": relative_error}],
+        "calibration": {"linears": linears},
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
+    }
+
+
+def test_verdicts_on_a_compression() -> None:
+    evaluation = LanguageModelEvaluation(9, 1, 9, True, 50.0, perplexity_ratio=1.02, kl_divergence=0.3)
+
+    def statuses(validator: QualityValidator, *arguments: Any) -> list[str]:
+        checks = validator.validate_results(results(*arguments))
+        return [checks[name]["status"] for name in ("weights", "layers", "quality")]
+
+    assert statuses(QualityValidator(3.0), 0.2, 0.3, evaluation) == [NOT_EVALUATED, NOT_EVALUATED, "pass"]
+    assert statuses(QualityValidator(1.0), 0.2, None, evaluation) == [NOT_EVALUATED, NOT_EVALUATED, "fail"]
+    limits = QualityValidator(3.0, max_relative_error=0.2, max_output_error=0.3, max_kl_divergence=0.1)
+    assert statuses(limits, 0.2, 0.3, None) == ["pass", "pass", NOT_EVALUATED]
+    assert statuses(limits, 0.21, 0.31, evaluation) == ["fail", "fail", "fail"]
+    quality = limits.validate_results(results(0.2, 0.3, evaluation))["quality"]
+    assert (quality["measured"], quality["target"]) == (0.3, 0.1) and "KL" in quality["unit"]
+    plain = results(0.2, None, None)
+    del plain["calibration"]
+    assert limits.validate_results(plain)["layers"]["measured"] == NOT_EVALUATED

@@ -1,0 +1,1 @@
+"""Published quantizers beside ours, in plain PyTorch, at the bits that they really store."""
