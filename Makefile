@@ -29,9 +29,9 @@ bench: build .venv/installed-test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/release --target machine_limits
 	$(BIN)/python benchmarks/run_all.py
 
-# Calibrated quantization on the bundled model: minutes, with tuning more.
+# Calibrated quantization on the bundled model: what benchmarks/results lacks; a quarter of an hour for all of it.
 bench-quality: build .venv/installed-test
-	$(BIN)/python benchmarks/bench_calibrated.py --target-bits 1.57 2.31 2.57 3.31 4.31
+	$(BIN)/python benchmarks/bench_calibrated.py
 
 lint: .venv/installed .venv/installed-lint
 	$(BIN)/ruff check .

@@ -1,12 +1,17 @@
-"""The native runtime against the limits of the machine: prefill, decode, and what is held in memory.
+"""The native runtime against the limits of the machine: first token, prefill, decode, and what is held in memory.
 
-    python benchmarks/make_packed_checkpoint.py /tmp/mistral-7b-b2
+    python benchmarks/make_checkpoint.py /tmp/mistral-7b-b2 --packed
     python benchmarks/bench_generate.py /tmp/mistral-7b-b2 --target-ram-mb 220 [--transformers] [--realtime]
 
 Without a directory a small checkpoint is made. Every line is a fresh process without torch, so that its peak resident
-memory (VmHWM) is its own. Limits are measured next to each line: reading memory with the threads of the run, int8
-products from registers (libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and reading the file past the
-page cache. `--realtime` runs what is timed with real-time priority, for machines that others use (needs root).
+memory (VmHWM) is its own. Where weights come from the disk, the first token is timed from the start of that process,
+else from the prompt on; its prompt has 16 tokens. `mmap cold` empties the page cache before every token. Limits are
+measured next to each line: reading memory with the threads of the run, int8 products from registers
+(libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and, before and after, reading the file past the page
+cache. `--realtime` runs what is timed with real-time priority, for machines that others use (needs root).
+
+`--transformers` measures Transformers in bfloat16 on the same shapes; of more than 4 GB it takes two and six layers
+and extends the line through both to all of them: the whole model rarely fits beside other work.
 """
 
 from __future__ import annotations
@@ -28,18 +33,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 _LIMIT_BYTES = 256 << 20
-_READ_BYTES = 512 << 20
+_READ_BYTES = 4 << 30
 _ROUNDS = 8
+_FIRST_PROMPT_TOKENS = 16
+_TRANSFORMERS_LAYERS = (2, 6)
+_WHOLE_MODEL_BYTES = 4_000_000_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, help="packed checkpoint (default: a small one is made)")
     parser.add_argument(
-        "--target-ram-mb", type=float, help="budget of the streamed runs (default: the smallest plus a half)"
+        "--target-ram-mb", type=float, help="budget of the streamed runs (default: the smallest plus a tenth)"
     )
-    parser.add_argument("--context-length", type=int, default=512)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--context-length", type=int, help="default: prompt and new tokens together")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of the prefill (default 256)")
     parser.add_argument("--new-tokens", type=int, default=16, help="timed one by one; the median counts")
     parser.add_argument("--cache-type", choices=("float16", "int8", "float32"), default="float16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -82,16 +90,19 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
         "kind": kind,
         "model": str(model),
         "target_ram_mb": arguments.target_ram_mb,
-        "context_length": arguments.context_length,
+        "context_length": arguments.context_length or arguments.prompt_tokens + arguments.new_tokens,
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
         "cache_type": arguments.cache_type,
         "threads": arguments.threads,
         "realtime": arguments.realtime,
     }
+    rates = [] if kind == "transformers" else [disk_rate(model)]
+    options["spawned"] = time.monotonic()
     command = [sys.executable, __file__, "--child", json.dumps(options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
+    rates += [] if kind == "transformers" else [disk_rate(model)]
     # In another process: its buffers must not count as the runtime's memory.
     limits = subprocess.run(
         [sys.executable, "-c", _LIMITS_PROGRAM, str(ROOT), str(arguments.threads), str(int(arguments.realtime))],
@@ -99,7 +110,15 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
         text=True,
         check=True,
     )
-    return {"kind": kind, **result, **json.loads(limits.stdout)}
+    rate = statistics.mean(rates) if rates else None
+    return {"kind": kind, **result, **json.loads(limits.stdout), "disk_rate": rate}
+
+
+def disk_rate(model: Path) -> float:
+    from loop_singular_bit import runtime_library
+    from loop_singular_bit.local_models import weight_files
+
+    return runtime_library.read_rate(weight_files(model)[0], _READ_BYTES)
 
 
 _LIMITS_PROGRAM = """
@@ -144,7 +163,6 @@ def use_realtime(wanted: bool) -> None:
 
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    from loop_singular_bit import runtime_library
     from loop_singular_bit.local_models import weight_files
     from loop_singular_bit.streaming import StreamingManager, get_system_info
 
@@ -154,10 +172,10 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     if back_end == "resident":
         budget = None
     elif budget is None:
-        budget = 1.5 * get_system_info(directory)["models"][0]["smallest_budget_mb"]
+        budget = 1.1 * get_system_info(directory)["models"][0]["smallest_budget_mb"]
     if state == "cold":
         drop_from_cache(weight_files(directory))
-    start = time.perf_counter()
+    use_realtime(options["realtime"])
     manager = StreamingManager(
         directory,
         budget,
@@ -168,33 +186,31 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         threads=options["threads"],
     )
     prompt = [1 + i * 37 % (manager.vocabulary_size - 1) for i in range(options["prompt_tokens"])]
+    start = options["spawned"]
     if state == "warm" or back_end == "resident":
         list(manager.generate_tokens(prompt[:2], 2))
-        start = time.perf_counter()
-    use_realtime(options["realtime"])
+        start = time.monotonic()
     model = manager._model
-    model.start(prompt[:16], {})
+    model.start(prompt[:_FIRST_PROMPT_TOKENS], {})
     model.next()
-    first = time.perf_counter() - start
+    first = time.monotonic() - start
     model.start(prompt, {})
     begin = time.perf_counter()
     model.next()
     prefill = time.perf_counter() - begin
     seconds, read = [], manager.statistics()["bytes_read"]
-    for _ in range(options["new_tokens"]):
+    for _ in range(options["new_tokens"] - 1):
+        if state == "cold":
+            drop_from_cache(weight_files(directory))
         begin = time.perf_counter()
         model.next()
         seconds.append(time.perf_counter() - begin)
     statistic = manager.statistics()
-    read = (statistic["bytes_read"] - read) / options["new_tokens"]
-    # Past the page cache: what the disk gives now.
-    disk = runtime_library.read_rate(weight_files(directory)[0], _READ_BYTES)
     return {
         "seconds_to_first_token": first,
         "prefill_tokens_per_second": len(prompt) / prefill,
         "decode_seconds": statistics.median(seconds),
-        "read_bytes": read,
-        "disk_rate": disk,
+        "read_bytes": 0 if state == "warm" else (statistic["bytes_read"] - read) / len(seconds),
         "peak_resident_bytes": statistic["peak_resident_bytes"],
         "plan": manager.plan,
         "weights": packed_weights(directory),
@@ -202,41 +218,63 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
-    """bfloat16 on the same shapes; the values are whatever memory holds as zeros: time does not depend on them."""
+    """bfloat16 on the same shapes, from few layers; all values are zeros: time does not depend on them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.set_num_threads(options["threads"])
+    use_realtime(options["realtime"])
     config = AutoConfig.from_pretrained(options["model"])
     del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cpu").eval()
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    use_realtime(options["realtime"])
-    tokens = torch.ones(1, options["prompt_tokens"], dtype=torch.long)
+    layers = config.num_hidden_layers
+    measured: list[tuple[float, float, int]] = []
+    is_small = 2 * packed_weights(Path(options["model"])) < _WHOLE_MODEL_BYTES
+    counts = [layers] if is_small else [min(count, layers) for count in _TRANSFORMERS_LAYERS]
+    for count in counts:
+        config.num_hidden_layers = count
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        rotary = type(model.model.rotary_emb)(config)  # computed on construction, not loaded
+        model = model.to_empty(device="cpu").eval()
+        model.model.rotary_emb = rotary
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        measured.append(time_transformers(model, options["prompt_tokens"], options["new_tokens"]))
+        del model
+    slopes = [
+        (last - first) / max(1, counts[-1] - counts[0]) for first, last in zip(measured[0], measured[-1], strict=True)
+    ]
+    prefill, decode, nbytes = (
+        last + slope * (layers - counts[-1]) for last, slope in zip(measured[-1], slopes, strict=True)
+    )
+    return {
+        "seconds_to_first_token": None,
+        "prefill_tokens_per_second": options["prompt_tokens"] / prefill,
+        "decode_seconds": decode,
+        "read_bytes": 0,
+        "peak_resident_bytes": None,
+        "plan": {"weight_bytes": nbytes, "lines": []},
+        "weights": packed_weights(Path(options["model"])),
+    }
+
+
+def time_transformers(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, float, int]:
+    """Seconds of the prefill and of a token, and bytes of weights that a token reads."""
+    import torch
+
+    tokens = torch.ones(1, prompt_tokens, dtype=torch.long)
     with torch.inference_mode():
+        model(tokens[:, :2])  # starts the threads
         begin = time.perf_counter()
         output = model(tokens, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - begin
         seconds = []
-        for _ in range(options["new_tokens"]):
+        for _ in range(new_tokens):
             begin = time.perf_counter()
             output = model(tokens[:, :1], past_key_values=output.past_key_values, use_cache=True)
             seconds.append(time.perf_counter() - begin)
     nbytes = sum(parameter.nbytes for name, parameter in model.named_parameters() if "embed_tokens" not in name)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {
-        "seconds_to_first_token": None,
-        "prefill_tokens_per_second": options["prompt_tokens"] / prefill,
-        "decode_seconds": statistics.median(seconds),
-        "read_bytes": 0,
-        "disk_rate": None,
-        "peak_resident_bytes": int(peak.split()[1]) * 1024,
-        "plan": {"weight_bytes": nbytes, "lines": []},
-        "weights": packed_weights(Path(options["model"])),
-    }
+    return prefill, statistics.median(seconds), nbytes
 
 
 def packed_weights(directory: Path) -> int:
@@ -253,25 +291,29 @@ def drop_from_cache(files: list[Path]) -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| | first token, s | prefill, tokens/s (int8 peak) | decode, tokens/s | s/token | GB/s of weights "
-        "(memory) | GB/s read (disk) | peak MB |",
+        "| | first token, s (passes over the file) | prefill, tokens/s (int8 peak) | decode, tokens/s | s/token "
+        "| GB/s of weights (memory) | GB/s read (disk) | peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         seconds = result["decode_seconds"]
-        weights = result["plan"]["weight_bytes"] / seconds
+        weight_bytes = result["plan"]["weight_bytes"]
+        weights = weight_bytes / seconds
         read = result["read_bytes"] / seconds
         products = result["prefill_tokens_per_second"] * result["weights"]
         first = result["seconds_to_first_token"]
+        passes = f" ({first * result['disk_rate'] / weight_bytes:.2f})" if read else ""
+        peak = result["peak_resident_bytes"]
+        kind = "Transformers, bfloat16" if result["kind"] == "transformers" else result["kind"]
         cells = [
-            result["kind"],
-            "-" if first is None else f"{first:.2f}",
+            kind,
+            "-" if first is None else f"{first:.2f}{passes}",
             f"{result['prefill_tokens_per_second']:.1f}{share(products, result['int8_rate'])}",
             f"{1 / seconds:.2f}",
             f"{seconds:.4f}",
             f"{weights / 1e9:.2f}{share(weights, result['memory_rate'])}",
             f"{read / 1e9:.2f}{share(read, result['disk_rate'])}" if read else "-",
-            f"{result['peak_resident_bytes'] / 1e6:.0f}",
+            f"{weight_bytes / 1e6:.0f} of weights" if peak is None else f"{peak / 1e6:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

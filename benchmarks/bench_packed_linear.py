@@ -1,4 +1,4 @@
-"""packed_linear against the machine's limits and against what else PyTorch offers on a CPU.
+"""packed_linear against the machine's limits and against what else multiplies with few bits on a CPU.
 
     python benchmarks/bench_packed_linear.py [--quick] [--threads 1,2] [--json FILE] [--roofline FILE.png]
 
@@ -8,7 +8,11 @@ others use at the same time). Weights cycle through 256 MiB or more, so that no 
 
 The limits are measured in the same rounds: reading memory with prefetch, and int8 products from registers, both by
 `libmachine_limits.so` (cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON). Without it, `torch.max` over int64 and `torch._int_mm`
-stand in for them, which reach less; the output says which was used.
+stand in for them, which reach less; the output says which was used. For one token there is a third: what the product
+takes when its weight is in cache, as the difference between two small weights, so that the cost of a call drops out.
+F = max(stored bytes / bandwidth, that time / threads) is what a perfect kernel would take from memory.
+
+With --quick peers take part in one shape, and the tables of the others are left out: a minute and a half.
 """
 
 from __future__ import annotations
@@ -16,39 +20,24 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from linear_contenders import OPS, ROOT, Contender, Dense, Packed, our_contenders, peers, verify
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import loop_singular_bit.ops  # noqa: E402, F401  (loads the operators)
-
-OPS = torch.ops.loop_singular_bit
 MEBIBYTE = 1 << 20
 CYCLED_BYTES = 256 * MEBIBYTE
 LIMIT_BYTES = 256 * MEBIBYTE
-# Plane scales in units of the format's grid.
-PLANE_LEVELS = {1: (126,), 2: (84, 42), 3: (72, 36, 18), 4: (66, 33, 18, 9)}
-
-
-@dataclass
-class Contender:
-    """One line of a table: `call(i)` does its work once, on the i-th of `copies` weights."""
-
-    name: str
-    call: Callable[[int], object]
-    copies: int
-    stored_bytes: int
-    seconds: list[float] = field(default_factory=list)
+CACHED_BYTES = MEBIBYTE // 2
+ROUND_SECONDS = 0.012
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+TOKENS = [1, 8, 32, 128, 512]
+BFLOAT16 = "F.linear bfloat16"
 
 
 # ---- limits ----
@@ -87,83 +76,26 @@ class MachineLimits:
         return self.library.loop_singular_bit_spin_int8_products(1_000_000, torch.get_num_threads())
 
 
-# ---- contenders ----
+class CachedProduct:
+    """Seconds that one token times `out_features` rows take one thread when nothing has to come from memory."""
 
+    def __init__(self, packed: Packed) -> None:
+        row_bytes = packed.stored_bytes / packed.out_features
+        self.packed = packed
+        self.rows = [max(32, int(share * CACHED_BYTES / row_bytes) // 32 * 32) for share in (0.5, 1.0)]
+        shapes = [(rows, packed.in_features, 1) for rows in self.rows]
+        self.weights = [Packed(packed.planes, packed.precision, *shape) for shape in shapes]
+        self.seconds: list[float] = []
 
-def random_packed(out_features: int, in_features: int, planes: int) -> tuple[torch.Tensor, ...]:
-    """A packed weight as the quantizer would write it, with 1 % outliers: signs, scales, outliers, column scales."""
-    tiles, words, outliers = -(-out_features // 32), -(-in_features // 32), -(-in_features // 100)
-    unit = (1 + torch.rand(tiles, 1, 32)) * 2**-13
-    levels = torch.tensor(PLANE_LEVELS[planes], dtype=torch.float32).reshape(1, planes, 1)
-    edges = torch.arange(outliers + 1) * in_features // outliers
-    span = (edges[1:] - edges[:-1]).reshape(1, outliers, 1)
-    columns = edges[:-1].reshape(1, outliers, 1) + (torch.rand(tiles, outliers, 32) * span).long()
-    return (
-        torch.randint(-(2**31), 2**31 - 1, (tiles, planes, words, 32), dtype=torch.int32),
-        (levels * unit).half(),
-        columns.to(torch.uint16),
-        torch.randint(-127, 128, (tiles, outliers, 32), dtype=torch.int8),
-        torch.full((tiles, 32), 2**-10, dtype=torch.float16),
-        (0.5 + torch.rand(in_features)).half(),
-    )
-
-
-def packed_bytes(tensors: tuple[torch.Tensor, ...]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def packed_linear(x: torch.Tensor, packed: tuple[torch.Tensor, ...], out_features: int, precision: str) -> torch.Tensor:
-    return OPS.packed_linear(x, *packed, None, None, out_features, activation_precision=precision)
-
-
-def verify(out_features: int, in_features: int, planes: int) -> None:
-    """Raises when the operator is further from the dequantized product than its precision allows."""
-    packed = random_packed(out_features, in_features, planes)
-    dense = OPS.dequantize(*packed, None, out_features, in_features, dtype=torch.float32).double()
-    for tokens in (1, 8, 33):
-        x = torch.randn(tokens, in_features)
-        exact = F.linear(x.double(), dense)
-        for precision, bound in (("int8", 0.02), ("int16", 1e-3), ("exact", 1e-5)):
-            got = packed_linear(x, packed, out_features, precision).double()
-            error = float((got - exact).norm() / exact.norm())
-            if not error <= bound:
-                raise SystemExit(f"b{planes}, {tokens} tokens, {precision}: relative error {error:.2e} > {bound:.0e}")
-
-
-def cycled(make: Callable[[], tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor, ...]]:
-    first = make()
-    return [first] + [make() for _ in range(math.ceil(CYCLED_BYTES / packed_bytes(first)) - 1)]
-
-
-def contenders(out_features: int, in_features: int, tokens: int, dense: bool, precision: str) -> list[Contender]:
-    x = torch.randn(tokens, in_features)
-    low = x.bfloat16()
-    lines: list[Contender] = []
-
-    def add(name: str, weights: list[tuple[torch.Tensor, ...]], call: Callable[..., object]) -> None:
-        lines.append(Contender(name, lambda i: call(*weights[i]), len(weights), packed_bytes(weights[0])))
-
-    for planes in range(1, 5):
-        weights = cycled(lambda planes=planes: random_packed(out_features, in_features, planes))
-        add(f"b{planes}", weights, lambda *packed: packed_linear(low, packed, out_features, precision))
-    if dense:
-        bf16 = cycled(lambda: (torch.randn(out_features, in_features).bfloat16(),))
-        add("F.linear bfloat16", bf16, lambda weight: F.linear(low, weight))
-        f32 = cycled(lambda: (torch.randn(out_features, in_features),))
-        add("F.linear float32", f32, lambda weight: F.linear(x, weight))
-        int4 = cycled(lambda: int4_weight(out_features, in_features))
-        add(
-            "PyTorch int4 (group 128)",
-            int4,
-            lambda weight, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(low, weight, 128, scales),
-        )
-    return lines
-
-
-def int4_weight(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
-    scales = torch.full((in_features // 128, out_features, 2), 0.01, dtype=torch.bfloat16)
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scales
+    def time_round(self, input: torch.Tensor) -> None:
+        """Appends one figure, by torch's threads, of which there should be one."""
+        taken = []
+        for weight in self.weights:
+            call = weight.prepared(input, 1)
+            call()
+            taken.append(min(seconds_of(call, 20) for _ in range(3)))
+        per_row = (taken[1] - taken[0]) / (self.rows[1] - self.rows[0])
+        self.seconds.append(per_row * self.packed.out_features)
 
 
 # ---- timing ----
@@ -177,9 +109,9 @@ class Table:
     in_features: int
     tokens: int
     threads: int
-    bandwidth: float  # bytes per second
-    int8_rate: float  # multiply-accumulates per second
-    rows: dict[str, dict[str, float]]
+    bandwidth: float = 0.0  # bytes per second
+    int8_rate: float = 0.0  # multiply-accumulates per second
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -190,92 +122,189 @@ class Table:
         )
 
 
-def timed(work: Callable[[], object]) -> tuple[float, object]:
+def seconds_of(call: Callable[[], object], times: int) -> float:
     begin = time.perf_counter()
-    result = work()
-    return time.perf_counter() - begin, result
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - begin) / times
 
 
-def time_round(line: Contender, offset: int, target_seconds: float) -> int:
-    """Appends seconds per call. Returns the weight to go on with, so that every call finds its weight out of cache."""
-    calls = 0
+def time_limit(work: Callable[[], int]) -> float:
+    """Seconds for each unit of work."""
+    begin = time.perf_counter()
+    done = work()
+    return (time.perf_counter() - begin) / done
+
+
+def time_round(call: Callable[[], tuple[int, object]], target_seconds: float = ROUND_SECONDS) -> float:
+    """Seconds per weight."""
+    weights = 0
     begin = time.perf_counter()
     while True:
-        line.call((offset + calls) % line.copies)
-        calls += 1
+        weights += call()[0]
         elapsed = time.perf_counter() - begin
         if elapsed >= target_seconds:
-            line.seconds.append(elapsed / calls)
-            return (offset + calls) % line.copies
+            return elapsed / weights
 
 
 def measure(
-    lines: list[Contender], limits: MachineLimits, shape: tuple[int, int, int], rounds: int, statistic: str
+    contenders: Sequence[Contender],
+    limits: MachineLimits,
+    tokens: int,
+    threads: int,
+    rounds: int,
+    summarize: Callable[[list[float]], float],
 ) -> Table:
-    out_features, in_features, tokens = shape
-    summarize = statistics.median if statistic == "median" else min
+    torch.set_num_threads(threads)
+    table = Table(contenders[0].out_features, contenders[0].in_features, tokens, threads)
+    input = torch.randn(tokens, table.in_features)
+    calls = {contender.name: contender.prepared(input, threads) for contender in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    cached = {each.name: CachedProduct(each) for each in contenders if tokens == 1 and isinstance(each, Packed)}
     bandwidth: list[float] = []
     int8_rate: list[float] = []
-    offsets = [0] * len(lines)
-    for line in lines:
-        line.seconds.clear()
-        line.call(0)
+    for call in calls.values():
+        call()
     for _ in range(rounds):
-        seconds, read = timed(limits.read_memory)
-        bandwidth.append(seconds / read)
-        seconds, done = timed(limits.multiply_int8)
-        int8_rate.append(seconds / done)
-        for i, line in enumerate(lines):
-            offsets[i] = time_round(line, offsets[i], 0.012)
-    table = Table(out_features, in_features, tokens, torch.get_num_threads(), 0.0, 0.0, {})
+        bandwidth.append(time_limit(limits.read_memory))
+        int8_rate.append(time_limit(limits.multiply_int8))
+        torch.set_num_threads(1)
+        for product in cached.values():
+            product.time_round(input)
+        torch.set_num_threads(threads)
+        for name, call in calls.items():
+            seconds[name].append(time_round(call))
     table.bandwidth = 1 / summarize(bandwidth)
     table.int8_rate = 1 / summarize(int8_rate)
-    reference = {line.name: summarize(line.seconds) for line in lines}.get("F.linear bfloat16", math.nan)
-    for line in lines:
-        seconds = summarize(line.seconds)
-        macs = out_features * in_features * tokens / seconds
-        table.rows[line.name] = {
-            "ms": seconds * 1e3,
-            "gb_per_s": line.stored_bytes / seconds / 1e9,
-            "bandwidth_share": line.stored_bytes / seconds / table.bandwidth,
+    reference = summarize(seconds[BFLOAT16])
+    for contender in contenders:
+        taken = summarize(seconds[contender.name])
+        macs = table.out_features * table.in_features * tokens / taken
+        row = {
+            "ms": taken * 1e3,
+            "gb_per_s": contender.stored_bytes / taken / 1e9,
+            "bandwidth_share": contender.stored_bytes / taken / table.bandwidth,
             "gmac_per_s": macs / 1e9,
             "int8_share": macs / table.int8_rate,
-            "times_bf16": reference / seconds,
-            "stored_bytes": line.stored_bytes,
+            "times_bf16": reference / taken,
+            "stored_bytes": contender.stored_bytes,
         }
+        if contender.name in cached:
+            in_cache = summarize(cached[contender.name].seconds) / threads
+            row["cached_ms"] = in_cache * 1e3
+            row["to_f"] = taken / max(contender.stored_bytes / table.bandwidth, in_cache)
+        table.rows[contender.name] = row
     return table
 
 
+def call_overhead(rounds: int, summarize: Callable[[list[float]], float]) -> dict[str, float]:
+    """Microseconds of one call on a 256x256 weight that stays in cache."""
+    shape, input = (256, 256, 1), torch.randn(1, 256)
+    calls = {each.name: each.prepared(input, 1) for each in (Packed(2, "int8", *shape), Dense(torch.bfloat16, *shape))}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(time_round(call, 0.005))
+    return {name: summarize(values) * 1e6 for name, values in seconds.items()}
+
+
+# ---- printing ----
+
+
 def print_table(table: Table) -> None:
+    has_f = any("to_f" in row for row in table.rows.values())
     print(f"\n**{table.title}**\n")
-    print("| | ms | GB/s stored | of bandwidth | GMAC/s | of int8 peak | times bf16 |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| | bits | ms | GB/s stored | of bandwidth | GMAC/s | of int8 peak | times bf16 |"
+        + (" to F |" if has_f else "")
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if has_f else ""))
     for name, row in table.rows.items():
-        ratio = f"{row['times_bf16']:.2f}" if row["times_bf16"] == row["times_bf16"] else ""
+        bits = 8 * row["stored_bytes"] / (table.out_features * table.in_features)
+        to_f = f" {row['to_f']:.2f} |" if "to_f" in row else " |" if has_f else ""
         print(
-            f"| {name} | {row['ms']:.3f} | {row['gb_per_s']:.1f} | {row['bandwidth_share']:.0%} | "
-            f"{row['gmac_per_s']:.0f} | {row['int8_share']:.0%} | {ratio} |"
+            f"| {name} | {bits:.2f} | {row['ms']:.3f} | {row['gb_per_s']:.1f} | {row['bandwidth_share']:.0%} | "
+            f"{row['gmac_per_s']:.0f} | {row['int8_share']:.0%} | {row['times_bf16']:.2f} |{to_f}"
         )
     sys.stdout.flush()
 
 
-def call_overhead(rounds: int, statistic: str) -> dict[str, float]:
-    """Microseconds of one call on a 256x256 weight that stays in cache."""
-    packed = random_packed(256, 256, 2)
-    x = torch.randn(1, 256).bfloat16()
-    weight = torch.randn(256, 256).bfloat16()
-    lines = [
-        Contender("b2", lambda i: packed_linear(x, packed, 256, "int8"), 1, 0),
-        Contender("F.linear bfloat16", lambda i: F.linear(x, weight), 1, 0),
-    ]
-    for _ in range(rounds):
-        for line in lines:
-            time_round(line, 0, 0.005)
-    summarize = statistics.median if statistic == "median" else min
-    return {line.name: summarize(line.seconds) * 1e6 for line in lines}
+def print_goals(tables: list[Table], overhead: dict[str, float]) -> None:
+    """Ratios that do not depend on the machine's mood, with what they should reach; b1 / b2 / b3 / b4 in each cell."""
+    by_key = {(table.out_features, table.in_features, table.tokens, table.threads): table for table in tables}
+    shapes = list(dict.fromkeys((table.out_features, table.in_features) for table in tables))
+    token_counts = sorted({table.tokens for table in tables})
+
+    def values(shape: tuple[int, int], tokens: int, threads: int, name: str, planes: Sequence[int]) -> list[float]:
+        return [by_key[(*shape, tokens, threads)].rows[f"b{count}"][name] for count in planes]
+
+    goals: list[tuple[str, str, str, int, Callable[[tuple[int, int], int], list[float]]]] = []
+
+    def goal(
+        tokens: int, name: str, least: str, stretch: str, cell: Callable[[tuple[int, int], int], list[float]]
+    ) -> None:
+        if tokens in token_counts:
+            goals.append((name, least, stretch, tokens, cell))
+
+    every = (1, 2, 3, 4)
+    goal(1, "1 token: time / F", "≤ 1.25", "≤ 1.1", lambda shape, count: values(shape, 1, count, "to_f", every))
+    goal(
+        1,
+        "1 token: times bf16, b1 / b2",
+        "7 / 4.5",
+        "10 / 6",
+        lambda s, count: values(s, 1, count, "times_bf16", (1, 2)),
+    )
+    goal(
+        1,
+        "1 token: b2 time / b1 time",
+        "1.5",
+        "1.6",
+        lambda s, count: [values(s, 1, count, "ms", (2,))[0] / values(s, 1, count, "ms", (1,))[0]],
+    )
+    goal(
+        8,
+        "8 tokens: time / 4 x that of 1",
+        "≤ 1.3",
+        "1",
+        lambda s, count: [
+            few / (4 * one)
+            for few, one in zip(values(s, 8, count, "ms", every), values(s, 1, count, "ms", every), strict=True)
+        ],
+    )
+    for tokens, least, stretch in ((32, "65 %", "80 %"), (128, "75 %", "85 %"), (512, "75 %", "86 %")):
+        goal(
+            tokens,
+            f"{tokens} tokens: % of int8 peak",
+            least,
+            stretch,
+            lambda s, count, tokens=tokens: [100 * x for x in values(s, tokens, count, "int8_share", every)],
+        )
+    goal(512, "512 tokens: times bf16, b2", "1.5", "2", lambda s, count: values(s, 512, count, "times_bf16", (2,)))
+
+    print("\n**Goals** (b1 / b2 / b3 / b4)\n")
+    print("| | goal | stretch | threads | " + " | ".join(f"{rows}x{columns}" for rows, columns in shapes) + " |")
+    print("|---|---:|---:|---:|" + "---|" * len(shapes))
+    for name, least, stretch, tokens, cell in goals:
+        for threads in sorted({table.threads for table in tables}):
+            cells = []
+            for shape in shapes:
+                digits = 0 if "%" in name else 2
+                cells.append(
+                    " / ".join(f"{value:.{digits}f}" for value in cell(shape, threads))
+                    if (*shape, tokens, threads) in by_key
+                    else ""
+                )
+            print(f"| {name} | {least} | {stretch} | {threads} | " + " | ".join(cells) + " |")
+    ours, theirs = overhead["b2"], overhead[BFLOAT16]
+    print(
+        f"| one call, 256x256: time / bf16 | ≤ 1.3 | | | {ours / theirs:.2f} ({ours:.1f} µs) |"
+        + " |" * (len(shapes) - 1)
+    )
+    sys.stdout.flush()
 
 
-def plot_roofline(tables: list[Table], path: str) -> None:
+def plot_roofline(tables: list[Table], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -283,73 +312,77 @@ def plot_roofline(tables: list[Table], path: str) -> None:
 
     threads = max(table.threads for table in tables)
     chosen = [table for table in tables if table.threads == threads]
-    bandwidth = max(table.bandwidth for table in chosen)
-    peak = max(table.int8_rate for table in chosen)
-    figure, axes = plt.subplots(figsize=(8, 5))
-    intensities = [2.0**i for i in range(0, 14)]
+    bandwidth = statistics.median(table.bandwidth for table in chosen)
+    peak = statistics.median(table.int8_rate for table in chosen)
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    intensities = [2.0**i for i in range(-2, 14)]
     axes.plot(intensities, [min(peak, i * bandwidth) / 1e9 for i in intensities], "k-", label="memory, int8 products")
-    for name in chosen[0].rows:
+    for name in dict.fromkeys(name for table in chosen for name in table.rows):
         points = [
             (table.out_features * table.in_features * table.tokens / row["stored_bytes"], row["gmac_per_s"])
             for table in chosen
             if (row := table.rows.get(name)) is not None
         ]
-        axes.plot(*zip(*sorted(points), strict=True), "o", label=name, markersize=5)
+        is_ours = name.startswith("b") and name[1:].isdigit()
+        axes.plot(*zip(*sorted(points), strict=True), "o" if is_ours else "x", label=name, markersize=6)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("multiply-accumulates per stored byte")
     axes.set_ylabel("GMAC/s")
-    axes.set_title(f"packed_linear, {threads} threads")
+    axes.set_title(f"Linear layers from memory, {threads} threads: {', '.join(map(str, TOKENS))} tokens")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one shape, few rounds: under a minute")
+    parser.add_argument("--quick", action="store_true", help="few rounds, peers in one shape: a minute and a half")
     parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}", help="numbers of threads, comma-separated")
     parser.add_argument("--precision", choices=("int8", "int16", "exact"), default="int8")
     parser.add_argument("--statistic", choices=("median", "min"), default="median")
-    parser.add_argument("--json", metavar="FILE", help="also write all figures here")
-    parser.add_argument("--roofline", metavar="FILE.png", help="also draw a roofline plot (needs matplotlib)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures here")
+    parser.add_argument(
+        "--roofline",
+        type=Path,
+        default=ROOT / "benchmarks/results/packed_linear_roofline.png",
+        metavar="FILE.png",
+        help="where the roofline plot goes (needs matplotlib)",
+    )
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     threads = sorted({int(count) for count in arguments.threads.split(",")})
-    shapes = [(4096, 4096)] if arguments.quick else [(4096, 4096), (14336, 4096), (4096, 14336)]
-    token_counts = [1, 8, 128] if arguments.quick else [1, 8, 32, 128, 512]
-    rounds = 5 if arguments.quick else 11
+    summarize = statistics.median if arguments.statistic == "median" else min
+    rounds = 11
     limits = MachineLimits()
-
+    tables: list[Table] = []
     with torch.inference_mode():
-        for planes in range(1, 5):
-            verify(300, 1000, planes)
+        largest = verify(arguments.precision, threads[-1])
         print(
-            f"isa {OPS.isa()}, activations {arguments.precision}, 1 % outliers, limits from {limits.source}, "
-            f"{arguments.statistic} of {rounds} rounds"
+            f"Instruction set {OPS.isa()}, activations {arguments.precision}, 1 % outliers; limits from "
+            f"{limits.source}; {arguments.statistic} of {rounds} rounds"
+            f"{', from 128 tokens up of 4' * arguments.quick}; "
+            f"all results verified (largest relative error {largest:.4f})."
         )
-        tables: list[Table] = []
-        for out_features, in_features in shapes:
-            for tokens in token_counts:
-                lines = contenders(out_features, in_features, tokens, True, arguments.precision)
+        for shape in SHAPES:
+            ours = our_contenders(shape, arguments.precision, CYCLED_BYTES)
+            others = peers(shape, CYCLED_BYTES) if not arguments.quick or shape == SHAPES[0] else []
+            for tokens in TOKENS:
+                with_peers = others if not arguments.quick or tokens in (1, 128) else []
+                few = arguments.quick and tokens >= 128
                 for count in threads:
-                    torch.set_num_threads(count)
-                    shape = (out_features, in_features, tokens)
-                    tables.append(measure(lines, limits, shape, rounds, arguments.statistic))
-                    print_table(tables[-1])
+                    table = measure([*ours, *with_peers], limits, tokens, count, 4 if few else rounds, summarize)
+                    tables.append(table)
+                    if with_peers:
+                        print_table(table)
         torch.set_num_threads(threads[-1])
-        overhead = call_overhead(4 * rounds, arguments.statistic)
-        print("\n**One call, 256x256, one token, µs**\n")
-        print("| b2 | F.linear bfloat16 | ratio |\n|---:|---:|---:|")
-        ratio = overhead["b2"] / overhead["F.linear bfloat16"]
-        print(f"| {overhead['b2']:.2f} | {overhead['F.linear bfloat16']:.2f} | {ratio:.2f} |")
-
+        overhead = call_overhead(4 * rounds, summarize)
+    print_goals(tables, overhead)
     if arguments.json:
         report = {"tables": [vars(table) for table in tables], "call_overhead_us": overhead}
-        Path(arguments.json).write_text(json.dumps(report, indent=1))
-    if arguments.roofline:
-        plot_roofline(tables, arguments.roofline)
+        arguments.json.write_text(json.dumps(report, indent=1))
+    plot_roofline(tables, arguments.roofline)
 
 
 if __name__ == "__main__":

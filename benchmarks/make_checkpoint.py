@@ -3,6 +3,8 @@
     python benchmarks/make_checkpoint.py /tmp/mistral-7b-shaped          # 14.5 GB in bfloat16
     python benchmarks/make_checkpoint.py /tmp/small --layers 2
     python benchmarks/make_checkpoint.py /tmp/tiny --shape tiny
+    python benchmarks/make_checkpoint.py /tmp/mistral-7b-b2 --packed b2                              # 2.1 GB
+    python benchmarks/make_checkpoint.py /tmp/llama-3-70b-b2 --shape llama-3-70b --packed b2 --hollow  # 20 GB, at once
 
 The weights mean nothing; what a compression costs (memory, time, bytes) depends on the shapes and on the distribution.
 Real weights are closer to a Student t distribution than to a normal one, some of their columns are several times louder
@@ -21,26 +23,13 @@ from pathlib import Path
 
 import torch
 
-from loop_singular_bit.safetensors_stream import SafetensorsWriter
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-SHAPES = {
-    "mistral-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-    },
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    },
-}
+from make_packed_checkpoint import write_packed_checkpoint  # noqa: E402
+from model_shapes import SHAPES, model_config  # noqa: E402
+
+from loop_singular_bit.safetensors_stream import SafetensorsWriter  # noqa: E402
 
 _STANDARD_DEVIATION = 0.02
 _DEGREES_OF_FREEDOM = 5.0
@@ -59,15 +48,35 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="decoder layers instead of the shape's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-gb", type=float, default=5.0)
-    arguments = parser.parse_args()
-    start = time.perf_counter()
-    nbytes = write_checkpoint(
-        arguments.output,
-        arguments.shape,
-        layers=arguments.layers,
-        seed=arguments.seed,
-        max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+    parser.add_argument(
+        "--packed",
+        nargs="?",
+        const="b2",
+        choices=("b1", "b2", "b3", "b4"),
+        metavar="PRESET",
+        help="already packed, with random signs: to be run, not to be compressed (default preset b2)",
     )
+    parser.add_argument(
+        "--hollow",
+        action="store_true",
+        help="with --packed: reserve the space only; all weights are 0, for memory only",
+    )
+    arguments = parser.parse_args()
+    if arguments.hollow and arguments.packed is None:
+        parser.error("--hollow: needs --packed")
+    start = time.perf_counter()
+    if arguments.packed is not None:
+        nbytes = write_packed_checkpoint(
+            arguments.output, arguments.shape, arguments.packed, arguments.layers, hollow=arguments.hollow
+        )
+    else:
+        nbytes = write_checkpoint(
+            arguments.output,
+            arguments.shape,
+            layers=arguments.layers,
+            seed=arguments.seed,
+            max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        )
     seconds = time.perf_counter() - start
     print(f"{arguments.output}: {nbytes:,} bytes in {seconds:.1f} s", file=sys.stderr)
 
@@ -102,23 +111,6 @@ def write_checkpoint(
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (output / "config.json").write_text(json.dumps(model_config(sizes), indent=2) + "\n")
     return nbytes
-
-
-def model_config(sizes: dict[str, int]) -> dict[str, object]:
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **sizes,
-    }
 
 
 def tensor_shapes(sizes: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:

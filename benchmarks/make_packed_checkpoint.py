@@ -1,84 +1,28 @@
-"""Writes a packed checkpoint of a real model's shapes directly, for measurements of the native runtime.
-
-    python benchmarks/make_packed_checkpoint.py /tmp/mistral-7b-b2                        # 2.2 GB
-    python benchmarks/make_packed_checkpoint.py /tmp/llama-3-70b-b2 --shape llama-3-70b --hollow   # 21 GB, at once
+"""Packed checkpoints of real models' shapes, written directly: `make_checkpoint.py --packed`.
 
 The signs are random and mean nothing; scales are such that activations stay in a plausible range. What a token costs in
-time, memory and bytes depends on shapes only. benchmarks/make_checkpoint.py makes unpacked ones, to be compressed.
+time, memory and bytes depends on shapes only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from model_shapes import SHAPES, model_config, norm_sizes
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from loop_singular_bit.packed_weight import PackedLayout
+from loop_singular_bit.quantization.presets import find_preset, outlier_count
+from loop_singular_bit.safetensors_stream import SafetensorsWriter, dtype_name
 
-from loop_singular_bit.packed_weight import PackedLayout  # noqa: E402
-from loop_singular_bit.quantization.presets import find_preset, outlier_count  # noqa: E402
-from loop_singular_bit.safetensors_stream import SafetensorsWriter, dtype_name  # noqa: E402
-
-SHAPES = {
-    "mistral-7b": {
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "rope_theta": 1000000.0,
-    },
-    "llama-3-70b": {
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-    },
-    "small": {
-        "model_type": "llama",
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 8192,
-        "rope_theta": 10000.0,
-    },
-}
 # The order of docs/packed_format.md: 32-bit tensors first, then 16-bit ones, then the 8-bit one.
 _STORED_ORDER = ("signs", "scales", "outlier_columns", "outlier_scales", "column_scales", "outlier_deltas")
 _NOISE_BYTES = 64 << 20
 _PLANE_LEVELS = {1: (126,), 2: (84, 42), 3: (72, 36, 18), 4: (66, 33, 18, 9)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="directory to make")
-    parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
-    parser.add_argument("--preset", choices=("b1", "b2", "b3", "b4"), default="b2")
-    parser.add_argument("--layers", type=int, help="decoder layers instead of the shape's")
-    parser.add_argument(
-        "--hollow", action="store_true", help="reserve the space only: all weights are 0, for memory only"
-    )
-    arguments = parser.parse_args()
-    start = time.perf_counter()
-    nbytes = write_packed_checkpoint(
-        arguments.output, arguments.shape, arguments.preset, arguments.layers, hollow=arguments.hollow
-    )
-    print(f"{arguments.output}: {nbytes:,} bytes in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 def write_packed_checkpoint(
@@ -109,20 +53,13 @@ def write_packed_checkpoint(
     return writer.file_bytes
 
 
-def packed_config(sizes: dict[str, object], preset: str, modules: dict[str, PackedLayout]) -> dict[str, object]:
+def packed_config(sizes: dict[str, Any], preset: str, modules: dict[str, PackedLayout]) -> dict[str, object]:
     entries = {
         name: {"kind": "embedding" if name == "model.embed_tokens" else "linear", **layout.to_dict()}
         for name, layout in modules.items()
     }
     return {
-        "architectures": [f"{str(sizes['model_type']).capitalize()}ForCausalLM"],
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-05,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        **sizes,
+        **model_config(sizes),
         "quantization_config": {
             "quant_method": "loop_singular_bit",
             "format_version": 1,
@@ -135,16 +72,16 @@ def packed_config(sizes: dict[str, object], preset: str, modules: dict[str, Pack
     }
 
 
-def module_layouts(sizes: dict[str, object], preset_name: str) -> Iterator[tuple[str, PackedLayout]]:
+def module_layouts(sizes: dict[str, Any], preset_name: str) -> Iterator[tuple[str, PackedLayout]]:
     preset = find_preset(preset_name)
-    hidden, intermediate = int(sizes["hidden_size"]), int(sizes["intermediate_size"])
-    keys = hidden // int(sizes["num_attention_heads"]) * int(sizes["num_key_value_heads"])
+    hidden, intermediate = sizes["hidden_size"], sizes["intermediate_size"]
+    keys = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
 
     def layout(out_features: int, in_features: int, planes: int) -> PackedLayout:
         return PackedLayout(out_features, in_features, planes, outlier_count(in_features, preset.outlier_fraction))
 
-    yield "model.embed_tokens", layout(int(sizes["vocab_size"]), hidden, preset.embedding_planes)
-    for index in range(int(sizes["num_hidden_layers"])):
+    yield "model.embed_tokens", layout(sizes["vocab_size"], hidden, preset.embedding_planes)
+    for index in range(sizes["num_hidden_layers"]):
         prefix = f"model.layers.{index}"
         yield f"{prefix}.self_attn.q_proj", layout(hidden, hidden, preset.planes)
         yield f"{prefix}.self_attn.k_proj", layout(keys, hidden, preset.planes)
@@ -153,15 +90,7 @@ def module_layouts(sizes: dict[str, object], preset_name: str) -> Iterator[tuple
         yield f"{prefix}.mlp.gate_proj", layout(intermediate, hidden, preset.planes)
         yield f"{prefix}.mlp.up_proj", layout(intermediate, hidden, preset.planes)
         yield f"{prefix}.mlp.down_proj", layout(hidden, intermediate, preset.planes)
-    yield "lm_head", layout(int(sizes["vocab_size"]), hidden, preset.embedding_planes)
-
-
-def norm_sizes(sizes: dict[str, object]) -> Iterator[tuple[str, int]]:
-    hidden = int(sizes["hidden_size"])
-    for index in range(int(sizes["num_hidden_layers"])):
-        yield f"model.layers.{index}.input_layernorm.weight", hidden
-        yield f"model.layers.{index}.post_attention_layernorm.weight", hidden
-    yield "model.norm.weight", hidden
+    yield "lm_head", layout(sizes["vocab_size"], hidden, preset.embedding_planes)
 
 
 def module_tensors(layout: PackedLayout, noise: torch.Tensor, index: int) -> dict[str, Iterator[torch.Tensor]]:
@@ -195,7 +124,3 @@ def _noise_pieces(noise: torch.Tensor, nbytes: int, seed: int) -> Iterator[torch
         yield piece
         nbytes -= piece.numel()
         start = 0
-
-
-if __name__ == "__main__":
-    main()

@@ -14,6 +14,7 @@ from loop_singular_bit import transformers_registration
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CompressionBenchmark": "benchmark",
     "LoopCompressor": "compressor",
     "LoopSingularBitConfig": "transformers_integration",
     "OutlierPreservingQuantizer": "quantization.outlier_preserving_quantizer",
@@ -24,7 +25,8 @@ _HOMES = {
     "QualityValidator": "validation",
     "QuantizationConfig": "quantization.quantize_model",
     "StreamingManager": "streaming",
-    "evaluate_language_model": "validation",
+    "evaluate_language_model": "language_model_evaluation",
+    "evaluate_tasks": "task_evaluation",
     "get_system_info": "streaming",
     "list_models": "local_models",
     "load_compressed_model": "streaming",
@@ -35,7 +37,9 @@ _HOMES = {
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
+    from loop_singular_bit.benchmark import CompressionBenchmark as CompressionBenchmark
     from loop_singular_bit.compressor import LoopCompressor as LoopCompressor
+    from loop_singular_bit.language_model_evaluation import evaluate_language_model as evaluate_language_model
     from loop_singular_bit.local_models import list_models as list_models
     from loop_singular_bit.packed_linear import PackedEmbedding as PackedEmbedding
     from loop_singular_bit.packed_linear import PackedLinear as PackedLinear
@@ -50,9 +54,9 @@ if TYPE_CHECKING:
     from loop_singular_bit.streaming import StreamingManager as StreamingManager
     from loop_singular_bit.streaming import get_system_info as get_system_info
     from loop_singular_bit.streaming import load_compressed_model as load_compressed_model
+    from loop_singular_bit.task_evaluation import evaluate_tasks as evaluate_tasks
     from loop_singular_bit.transformers_integration import LoopSingularBitConfig as LoopSingularBitConfig
     from loop_singular_bit.validation import QualityValidator as QualityValidator
-    from loop_singular_bit.validation import evaluate_language_model as evaluate_language_model
 
 
 def __getattr__(name: str) -> Any:

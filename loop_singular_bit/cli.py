@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import (
     __version__,
+    cli_benchmark,
     cli_chat,
     cli_compress,
     cli_environment,
@@ -46,6 +47,7 @@ _COMMANDS = {
     "inspect": cli_inspect,
     "verify": cli_verify,
     "evaluate": cli_evaluate,
+    "benchmark": cli_benchmark,
     "generate": cli_generate,
     "chat": cli_chat,
     "run-plan": cli_run_plan,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibrated_compression import CalibrationStep
     from .compression_run import CompressionProgress
+    from .quantization.tuning import TuningOptions
 
 HELP = "compress a checkpoint directory (config.json and safetensors files) or a model of the Hugging Face Hub"
 
@@ -24,7 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-ram-mb", metavar="MB", type=float, default=400.0, help="limit of peak resident memory (default 400)"
     )
-    parser.add_argument("--target-storage-gb", metavar="GB", type=float, help="limit of the packed shards, checked")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
+        "--target-bits",
+        metavar="BITS",
+        type=float,
+        help="stored bits per weight of the linears: planes and outliers are chosen linear by linear, by what the "
+        "model minds on the calibration text, or without one by errors of weights",
+    )
+    sizes.add_argument(
+        "--target-storage-gb",
+        metavar="GB",
+        type=float,
+        help="size of the packed shards, embeddings and everything counted; planes are chosen as for --target-bits",
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--uniform",
+        dest="adaptive_precision",
+        action="store_const",
+        const=False,
+        help="give every linear the preset's planes, also with --calibration; --target-storage-gb is only checked",
+    )
+    precision.add_argument(
+        "--adaptive-precision",
+        action="store_const",
+        const=True,
+        help="choose planes linear by linear for as many bits as the preset takes (the default with --calibration)",
+    )
     parser.add_argument("--threads", metavar="N", type=int, help="threads that quantize; the bytes do not depend on it")
     parser.add_argument(
         "--skip-modules",
@@ -57,19 +85,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="TEXT",
         nargs="+",
-        help="UTF-8 text files, or directories of *.txt, of the kind the model will see: pack for the least error of "
-        "the outputs on them (runs the original once; --target-ram-mb does not apply)",
+        help="text of the kind the model will see, to pack for the least error of the outputs on it: UTF-8 files, "
+        "directories of *.txt, or data sets, on disk (*.jsonl, *.parquet, ...) or on the Hugging Face Hub, as "
+        "NAME[:CONFIG[:SPLIT[:COLUMN]]]. Runs the original once; --target-ram-mb does not apply",
     )
     parser.add_argument("--calibration-window", metavar="TOKENS", type=int, default=512, help="(default 512)")
     parser.add_argument(
-        "--calibration-windows", metavar="N", type=int, default=256, help="at most so many windows (default 256)"
+        "--calibration-windows", metavar="N", type=int, default=128, help="at most so many windows (default 128)"
     )
     parser.add_argument("--calibration-rounds", metavar="N", type=int, default=5, help="of refinement (default 5)")
     parser.add_argument(
-        "--target-bits",
-        metavar="BITS",
+        "--calibration-activations-mb",
+        metavar="MB",
         type=float,
-        help="with --calibration: stored bits per weight of the linears, planes chosen linear by linear",
+        default=2000.0,
+        help="hidden states of the text above this size lie in a file beside DST (default 2000)",
+    )
+    parser.add_argument(
+        "--no-error-compensation",
+        dest="error_compensation",
+        action="store_const",
+        const=False,
+        help="with --calibration: only weight columns by their inputs, without sweep and rounds (quick, and worse)",
     )
     parser.add_argument(
         "--tune",
@@ -77,14 +114,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --calibration: then train scales and outliers, or signs as well, to say what the original says",
     )
     parser.add_argument("--tuning-steps", metavar="N", type=int, default=60, help="of 2048 tokens (default 60)")
+    parser.add_argument(
+        "--tuning-sampled-windows",
+        metavar="N",
+        type=int,
+        default=128,
+        help="windows that the original writes itself, to tune on beside the text (default 128; worth it for signs)",
+    )
+    parser.add_argument(
+        "--tuning-memory-gb",
+        metavar="GB",
+        type=float,
+        default=12.0,
+        help="what tuning may take beside the original; above it layers are tuned one by one (default 12)",
+    )
     add_output_arguments(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:
     from .cli import EXIT_OK, EXIT_QUALITY, PROGRAM, print_json
 
-    if (parsed.tune or parsed.target_bits is not None) and not parsed.calibration:
-        raise ValueError("--tune and --target-bits need --calibration TEXT...")
+    if not parsed.calibration and (parsed.tune or parsed.error_compensation is not None):
+        raise ValueError("--tune and --no-error-compensation need --calibration TEXT...")
     texts = [path.read_text(encoding="utf-8") for path in parsed.evaluate_text or ()]
     source = find_source(parsed.source)
 
@@ -96,26 +147,28 @@ def run(parsed: argparse.Namespace) -> int:
         target_storage_gb=parsed.target_storage_gb,
         quality_threshold=parsed.quality_threshold,
         preset=parsed.preset,
+        adaptive_precision=parsed.adaptive_precision,
+        error_compensation=parsed.error_compensation,
+        target_bits=parsed.target_bits,
         threads=parsed.threads,
         skip_modules=parsed.skip_modules,
         quantize_embeddings=not parsed.keep_embeddings,
         max_shard_gb=parsed.max_shard_gb,
         force=parsed.force,
     )
-    with _ProgressBar(disable=parsed.quiet) as progress:
-        if parsed.calibration:
-            compressor.results = _compress_calibrated(parsed, source, texts, progress)
-        else:
-            compressor.compress_model(
-                source,
-                parsed.output,
-                resume=parsed.resume,
-                overwrite=parsed.overwrite,
-                max_layers=parsed.max_layers,
-                evaluate_text=texts or None,
-                progress=progress.update,
-            )
-    results = compressor.results
+    calibration = _calibration_options(parsed) if parsed.calibration else {}
+    with _Progress(disable=parsed.quiet) as progress:
+        results = compressor.compress_model(
+            source,
+            parsed.output,
+            resume=parsed.resume,
+            overwrite=parsed.overwrite,
+            max_layers=parsed.max_layers,
+            evaluate_text=texts or None,
+            progress=progress.update,
+            calibration_progress=progress.update_calibration,
+            **calibration,
+        )
     validation = compressor.validate_compression()
     if parsed.json:
         print_json({**results, "output": str(parsed.output), "validation": validation})
@@ -132,37 +185,33 @@ def run(parsed: argparse.Namespace) -> int:
     return EXIT_QUALITY
 
 
-def _compress_calibrated(
-    parsed: argparse.Namespace, source: Path, texts: list[str], progress: _ProgressBar
-) -> dict[str, Any]:
-    from .calibrated_compression import Calibration, compress_calibrated, read_texts
+def _tuning_options(parsed: argparse.Namespace) -> TuningOptions | None:
+    if parsed.tune is None:
+        return None
     from .quantization.tuning import TuningOptions
+
+    return TuningOptions(
+        signs=parsed.tune == "signs",
+        steps=parsed.tuning_steps,
+        sampled_windows=parsed.tuning_sampled_windows,
+        memory_gb=parsed.tuning_memory_gb,
+    )
+
+
+def _calibration_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    from .calibrated_compression import Calibration
+    from .calibration_texts import read_texts
 
     calibration = Calibration(
         window=parsed.calibration_window,
         max_windows=parsed.calibration_windows,
         rounds=parsed.calibration_rounds,
-        target_bits=parsed.target_bits,
-        tuning=TuningOptions(signs=parsed.tune == "signs", steps=parsed.tuning_steps) if parsed.tune else None,
+        tuning=_tuning_options(parsed),
+        activation_mb=parsed.calibration_activations_mb,
     )
-    return compress_calibrated(
-        source,
-        parsed.output,
-        read_texts(parsed.calibration),
-        parsed.preset,
-        calibration,
-        outlier_ratio=parsed.outlier_ratio,
-        resume=parsed.resume,
-        overwrite=parsed.overwrite,
-        calibration_progress=progress.update_calibration,
-        progress=progress.update,
-        evaluate_text=texts or None,
-        max_layers=parsed.max_layers,
-        threads=parsed.threads,
-        skip_modules=parsed.skip_modules,
-        quantize_embeddings=not parsed.keep_embeddings,
-        max_shard_gb=parsed.max_shard_gb,
-    )
+    # A token is rarely longer than 8 characters.
+    texts = read_texts(parsed.calibration, max_characters=8 * calibration.window * calibration.max_windows)
+    return {"calibration_texts": texts, "calibration": calibration}
 
 
 def find_source(name: str) -> Path:
@@ -189,53 +238,72 @@ def find_source(name: str) -> Path:
         raise CheckpointError(f"{name}: no such directory, and the Hub says: {error}") from error
 
 
-class _ProgressBar:
-    """Tensors, bytes, time left, peak memory and the error of the module just done, on standard error."""
+class _Progress:
+    """On standard error: a bar of calibration steps, then one of bytes with the error of the module just done."""
+
+    _CALIBRATION_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    _BYTES_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
 
     def __init__(self, disable: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=0,
-            unit="B",
-            unit_scale=True,
-            disable=disable,
-            leave=False,
-            delay=0.1,  # until the total is known
-            file=sys.stderr,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]{postfix}",
-        )
+        self._disable = disable
+        self._bar: Any = None
+        self._stage = ""
         self._error = ""
 
-    def __enter__(self) -> _ProgressBar:
+    def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._close()
 
     def update_calibration(self, step: CalibrationStep) -> None:
-        if not self._bar.disable:
-            finished = step.done == step.total
-            self._bar.total = 0 if finished else step.total
-            self._bar.n = 0 if finished else step.done
-            self._bar.set_postfix_str(f"{step.description}, {step.done}/{step.total}")
+        if self._disable:
+            return
+        stage = step.description.split()[0]  # what follows tells one step from the next
+        if stage != self._stage:
+            self._open(stage, total=step.total, bar_format=self._CALIBRATION_FORMAT)
+        self._bar.set_description_str(step.description, refresh=False)
+        self._bar.update(step.done - self._bar.n)
+        if step.done == step.total:
+            self._close()
 
     def update(self, progress: CompressionProgress) -> None:
-        bar = self._bar
-        if bar.disable:
+        if self._disable:
             return
-        if not bar.total:
-            bar.total = progress.bytes_total
-            bar.initial = bar.n = progress.bytes_resumed
-        if progress.finished and progress.relative_error is not None:
+        if self._stage != "bytes":
+            self._open(
+                "bytes",
+                total=progress.bytes_total,
+                initial=progress.bytes_resumed,
+                unit="B",
+                unit_scale=True,
+                delay=0.1,
+                bar_format=self._BYTES_FORMAT,
+            )
+        if progress.finished and progress.output_error is not None:
+            self._error = f"{progress.name} output error "
+            self._error += f"{progress.output_error_before:.4f} -> {progress.output_error:.4f}, "
+        elif progress.finished and progress.relative_error is not None:
             self._error = f"{progress.name} error {progress.relative_error:.4f}, "
-        bar.set_postfix_str(
+        self._bar.set_postfix_str(
             f"{self._error}{progress.tensors_done}/{progress.tensors_total} tensors, {progress.peak_ram_mb:.0f} MB RAM",
             refresh=False,
         )
-        bar.update(progress.bytes_done - bar.n)
+        self._bar.update(progress.bytes_done - self._bar.n)
         if progress.tensors_done == progress.tensors_total:
-            bar.refresh()
+            self._bar.refresh()
+
+    def _open(self, stage: str, **options: Any) -> None:
+        from tqdm import tqdm
+
+        self._close()
+        self._stage = stage
+        self._bar = tqdm(file=sys.stderr, leave=False, dynamic_ncols=True, **options)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._stage = None, ""
 
 
 def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Path) -> None:
@@ -246,8 +314,13 @@ def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Pa
 
     summary = results["compression_summary"]
     console = make_console()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{output}: preset {results['options']['preset']}")
-    for heading in ("modules", "shape", "planes", "bits/weight", "relative error", "SQNR dB"):
+    title = f"{output}: preset {results['options']['preset']}"
+    if results["options"]["layouts"]:
+        title += ", planes chosen linear by linear"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
+    calibrated = {linear["name"]: linear for linear in results.get("calibration", {}).get("linears", ())}
+    outputs = ("output error without", "with calibration") if calibrated else ()
+    for heading in ("modules", "shape", "planes", "bits/weight", "relative error", "SQNR dB", *outputs):
         table.add_column(heading, justify="left" if heading == "modules" else "right")
     for name, group in _groups(results["layer_results"]).items():
         errors = [layer["relative_error"] for layer in group if layer["relative_error"] is not None]
@@ -256,10 +329,14 @@ def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Pa
         table.add_row(
             f"{name} ({len(group)})" if len(group) > 1 else name,
             shapes.pop() if len(shapes) == 1 else "various",
-            str(group[0]["planes"]),
-            f"{group[0]['bits_per_weight']:.3f}",
+            _span([layer["planes"] for layer in group], 0),
+            _span([layer["bits_per_weight"] for layer in group], 3),
             _span(errors, 4),
             _span(sqnrs, 1),
+            *(
+                _span([calibrated[layer["name"]][figure] for layer in group if layer["name"] in calibrated], 4)
+                for figure in (("output_error_before", "output_error") if calibrated else ())
+            ),
         )
     console.print(table)
     ratio = summary["average_compression_ratio"]
@@ -273,6 +350,7 @@ def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Pa
         f"{summary['bits_per_parameter']:.3f} bits per parameter, everything counted",
         f"peak RAM {summary['max_ram_usage_mb']:.0f} MB ({validation['ram']['status']}), {summary['seconds']:.1f} s, "
         f"relative error of all packed weights {_figure(summary['relative_error'])}",
+        *_calibration_lines(results),
         _quality_line(results, validation),
     ]
     kept = [tensor for tensor in results["kept_tensors"] if tensor["reason"] != "not a 2-D weight"]
@@ -282,6 +360,23 @@ def _print_table(results: dict[str, Any], validation: dict[str, Any], output: Pa
     lines += [f"tied: {head} uses {embedding}" for head, embedding in results["tied_modules"].items()]
     for line in lines:
         console.print(line, markup=False)
+
+
+def _calibration_lines(results: dict[str, Any]) -> list[str]:
+    if "calibration" not in results:
+        return []
+    calibration = results["calibration"]
+    lines = [f"calibrated on {calibration['tokens']:,} tokens; {calibration['calibration'].partition(': ')[2]}"]
+    if raised := calibration["raised_damping"]:
+        lines.append(f"{len(raised)} linears needed more damping: see compression_report.json")
+    if missing := calibration["uncalibrated"]:
+        lines.append(f"{len(missing)} linears were never called on the text and are packed without: {missing[0]}, ...")
+    if (tuning := calibration.get("tuning")) is not None:
+        lines.append(
+            f"tuning: KL on held-out windows of the calibration text {tuning['kl_before']:.4f} -> "
+            f"{tuning['kl_after']:.4f} ({'kept' if tuning['kept'] else 'not kept'})"
+        )
+    return lines
 
 
 def _quality_line(results: dict[str, Any], validation: dict[str, Any]) -> str:
@@ -304,10 +399,11 @@ def _groups(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def _span(values: list[float], digits: int) -> str:
-    if not values:
+def _span(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    low, high = f"{min(known):.{digits}f}", f"{max(known):.{digits}f}"
     return low if low == high else f"{low} - {high}"
 
 

@@ -29,6 +29,23 @@ _SCALED_EMBEDDING_MODEL_TYPES = {
     *("bart", "mbart", "plbart", "m2m_100", "nllb-moe", "blenderbot", "blenderbot-small", "pegasus_x"),
     *("bigbird_pegasus", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "xglm"),
 }
+# Modules that Transformers wants in float32 (`_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` of the models'
+# classes), of those that hold 2-D weights.
+FLOAT32_MODULES = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "pop2piano", "udop"), ("wo",)),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk2", "mistral_large4"), ("indexer.weights_proj",)),
+    "blip-2": ("qformer",),
+    "hy_v4": ("weights_proj", "lm_head"),
+    "longcat_flash": ("classifier",),
+    "nemotron3_5_transcribe": ("audio_tower", "multi_modal_projector"),
+    "deepseek_v4": (
+        "self_attn.compressor.kv_proj",
+        "self_attn.compressor.gate_proj",
+        "self_attn.compressor.indexer.kv_proj",
+        "self_attn.compressor.indexer.gate_proj",
+        "self_attn.compressor.indexer.scorer.weights_proj",
+    ),
+}
 # Every decoder layer has the same tensors: one that lacks some is damaged, and not of another kind.
 _UNIFORM_MODEL_TYPES = {
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "olmo", "olmo2"),
@@ -285,6 +302,9 @@ class _Rules:
             return "asked for with skip_modules"
         if entry.dtype.startswith(("I", "U", "BOOL")):
             return f"dtype {entry.dtype}: not a floating-point weight"
+        float32_modules = FLOAT32_MODULES.get(str(self.source.config.get("model_type")), ())
+        if any(f".{part}." in f".{module}." for part in float32_modules):
+            return "the model wants it in float32 (_keep_in_fp32_modules)"
         if (kind == "embedding" or is_head) and not self.quantize_embeddings:
             return "embeddings and output heads were asked to stay as they are"
         if kind == "embedding":
@@ -318,7 +338,7 @@ class _Rules:
             in_features=in_features,
             planes=planes,
             outliers=outliers,
-            column_scales=preset.column_scales,
+            column_scales=preset.column_scales and not special,
             means=preset.means,
         )
 

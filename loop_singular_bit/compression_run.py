@@ -79,6 +79,8 @@ class CompressionProgress:
         name: the module or tensor that was worked on.
         finished: whether that one is finished.
         relative_error: of the module just finished (Frobenius); None in the middle of one and for kept tensors.
+        output_error_before, output_error: relative errors of the outputs on the calibration text, of the linear just
+            finished, without and with calibration; None without a text.
         bytes_done, bytes_total: of the source's tensors; bytes_resumed were done by an earlier run.
         seconds: since the start of this run.
         eta_seconds: until the end, from the bytes of this run; None before the first.
@@ -95,6 +97,8 @@ class CompressionProgress:
     seconds: float
     eta_seconds: float | None
     peak_ram_mb: float
+    output_error_before: float | None = None
+    output_error: float | None = None
 
 
 ProgressCallback = Callable[[CompressionProgress], None]
@@ -386,7 +390,7 @@ class CompressionRun:
             rows,
             PRESETS[DEFAULT_PRESET] if historic and unit.is_embedding_or_head else self._preset,
             planes=unit.layout.planes,
-            outlier_fraction=self._settings.outlier_fraction,
+            outlier_fraction=unit.layout.outliers / unit.layout.in_features,
             column_scales=False if column_scales is None else column_scales,
         )
 

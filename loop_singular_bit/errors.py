@@ -7,6 +7,10 @@ class CheckpointError(ValueError):
     """A checkpoint, a shard or a tensor is missing, damaged or of a kind that is not supported. Names the file."""
 
 
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is sound, but of a kind that the native runtime does not run; Transformers may."""
+
+
 class OutputExistsError(FileExistsError):
     """The output directory holds something already, and neither resuming nor overwriting was asked for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ PackedTensors = tuple[
 
 _ops = torch.ops.loop_singular_bit
 
+_packed_linear = _ops.packed_linear.default
+_packed_linear_group = _ops.packed_linear_group.default
+
 ACTIVATION_PRECISIONS = ("int8", "int16", "exact")
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +39,8 @@ _ROWS_PER_TILE = 32
 _COLUMNS_PER_WORD = 32
 # Rows of a weight that the gradient dequantizes at once: 2048 x 14336 in bfloat16 are 59 MB.
 _BACKWARD_ROWS = 2048
+# As packed_linear_group takes them: packed tensors and bias.
+_TENSORS_PER_WEIGHT = 8
 
 
 def fit_column_scales(weight: torch.Tensor, column_importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -183,10 +189,10 @@ def packed_linear(
     Args:
         input: float32, bfloat16 or float16; any leading dimensions, any strides, zero tokens too.
         bias: [out_features] in the dtype of the input.
-        activation_precision: what the kernel multiplies signs with. "int8": 8 bits per activation with one scale per
-            token, and for few tokens the 16 largest activations exactly; "int16": 16 bits; "exact": float32. With
-            4096 Gaussian activations per token the output is off by 0.6 % (few tokens) to 0.9 % (many), 0.003 % to
-            0.02 %, and 0.0001 % of its norm; many tokens with a few massive activations each lose more in "int8".
+        activation_precision: what the kernel multiplies signs with. "int8": 8 bits per activation (for few tokens and
+            a sign) with one scale per token, whose 16 largest activations stay exact where they stand out; "int16": 16
+            bits; "exact": float32. With 4096 Gaussian activations per token the output is off by 0.4 % (few tokens)
+            to 0.9 % (many), 0.003 % to 0.02 %, and 0.0001 % of its norm; massive activations do not raise that.
 
     Returns:
         A contiguous tensor in the dtype of the input.
@@ -207,11 +213,71 @@ def packed_linear(
         bias,
         out_features,
     )
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return _ops.packed_linear(*arguments, activation_precision=activation_precision)
-    # The gradient is registered from Python, which costs every call 15 microseconds, those without a gradient too.
+    if _takes_the_dispatcher():
+        return _packed_linear(*arguments, activation_precision=activation_precision)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.packed_linear(*arguments, activation_precision=activation_precision)
+        return _packed_linear(*arguments, activation_precision=activation_precision)
+
+
+def packed_linear_group(
+    input: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+    *,
+    activation_precision: str = "int8",
+) -> list[torch.Tensor]:
+    """One input times several packed weights in one call: what as many calls of `packed_linear` give, bit for bit.
+
+    For weights that stand side by side, such as those of queries, keys and values: threads are woken once, and weights
+    with equal column scales share the prepared activations. Differentiable as `packed_linear` is.
+
+    Args:
+        input: as for `packed_linear`.
+        weights: the tensors of all weights, as `group_tensors` gives them.
+        out_features: of each weight.
+        activation_precision: see `packed_linear`.
+
+    Returns:
+        One output per weight, contiguous, in the dtype of the input.
+
+    Raises:
+        ValueError: no weights, a wrong number of tensors, or an unknown activation_precision.
+        RuntimeError: wrong shape or dtype; the message says of which weight.
+    """
+    if _takes_the_dispatcher():
+        return _packed_linear_group(input, weights, out_features, activation_precision=activation_precision)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _packed_linear_group(input, weights, out_features, activation_precision=activation_precision)
+
+
+def group_tensors(
+    weights: Sequence[PackedTensors], biases: Sequence[torch.Tensor | None] | None = None
+) -> list[torch.Tensor]:
+    """The packed tensors and biases of several weights as `packed_linear_group` takes them.
+
+    Eight of each weight: those of `PackedTensors` and the bias, with an empty one for what there is not.
+
+    Args:
+        weights: of each weight what `PackedWeight.op_tensors()` gives.
+        biases: one entry for each weight, None for those without; None for no biases at all.
+
+    Raises:
+        ValueError: another number of biases than of weights.
+    """
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"biases: expected one for each of {len(weights)} weights, got {len(biases)}")
+    tensors = [
+        tensor for i, packed in enumerate(weights) for tensor in (*packed, None if biases is None else biases[i])
+    ]
+    return [torch.empty(0) if tensor is None else tensor for tensor in tensors]
+
+
+def _takes_the_dispatcher() -> bool:
+    """Gradients are registered from Python, which costs every call 15 µs, those without a gradient too.
+
+    Inference mode skips them by itself.
+    """
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
 
 
 def isa() -> str:
@@ -254,6 +320,15 @@ def _check_packed(signs: torch.Tensor, outlier_columns: torch.Tensor, out_featur
 def _check_weight(weight: torch.Tensor) -> None:
     torch._check(weight.dim() == 2, lambda: f"weight: expected 2 dimensions, got shape {list(weight.shape)}")
     torch._check(weight.dtype in _FLOAT_DTYPES, lambda: f"weight: expected a float dtype, got {weight.dtype}")
+
+
+def _check_linear_input(input: torch.Tensor, activation_precision: str) -> None:
+    torch._check(input.dim() >= 1, lambda: "input: expected at least 1 dimension, got a scalar")
+    torch._check(input.dtype in _FLOAT_DTYPES, lambda: f"input: expected a float dtype, got {input.dtype}")
+    torch._check(
+        activation_precision in ACTIVATION_PRECISIONS,
+        lambda: f"activation_precision: expected one of {ACTIVATION_PRECISIONS}, got {activation_precision!r}",
+    )
 
 
 @torch.library.register_fake("loop_singular_bit::fit_column_scales")
@@ -337,14 +412,28 @@ def _(
     *,
     activation_precision: str = "int8",
 ) -> torch.Tensor:
-    torch._check(input.dim() >= 1, lambda: "input: expected at least 1 dimension, got a scalar")
-    torch._check(input.dtype in _FLOAT_DTYPES, lambda: f"input: expected a float dtype, got {input.dtype}")
-    torch._check(
-        activation_precision in ACTIVATION_PRECISIONS,
-        lambda: f"activation_precision: expected one of {ACTIVATION_PRECISIONS}, got {activation_precision!r}",
-    )
+    _check_linear_input(input, activation_precision)
     _check_packed(signs, outlier_columns, out_features, input.shape[-1])
     return input.new_empty((*input.shape[:-1], out_features))
+
+
+@torch.library.register_fake("loop_singular_bit::packed_linear_group")
+def _(
+    input: torch.Tensor,
+    weights: list[torch.Tensor],
+    out_features: list[int],
+    *,
+    activation_precision: str = "int8",
+) -> list[torch.Tensor]:
+    _check_linear_input(input, activation_precision)
+    torch._check(
+        len(weights) == len(out_features) * _TENSORS_PER_WEIGHT,
+        lambda: f"weights: expected {_TENSORS_PER_WEIGHT} tensors for each of {out_features}, got {len(weights)}",
+    )
+    for i, rows in enumerate(out_features):
+        signs, _, outlier_columns, *_ = weights[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
+        _check_packed(signs, outlier_columns, rows, input.shape[-1])
+    return [input.new_empty((*input.shape[:-1], rows)) for rows in out_features]
 
 
 def _packed_linear_setup_context(
@@ -362,8 +451,12 @@ def _packed_linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.
     if ctx.needs_input_grad[0]:
         grad_input = _grad_input(grad_output, ctx.saved_tensors, ctx.out_features, ctx.in_features)
     if ctx.needs_input_grad[8]:
-        grad_bias = grad_output.reshape(-1, ctx.out_features).float().sum(dim=0).to(ctx.bias_dtype)
+        grad_bias = _grad_bias(grad_output, ctx.bias_dtype)
     return grad_input, None, None, None, None, None, None, None, grad_bias, None
+
+
+def _grad_bias(grad_output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return grad_output.reshape(-1, grad_output.shape[-1]).float().sum(dim=0).to(dtype)
 
 
 def _grad_input(grad_output: torch.Tensor, packed: PackedTensors, out_features: int, in_features: int) -> torch.Tensor:
@@ -393,6 +486,41 @@ def _grad_input(grad_output: torch.Tensor, packed: PackedTensors, out_features: 
 
 torch.library.register_autograd(
     "loop_singular_bit::packed_linear", _packed_linear_backward, setup_context=_packed_linear_setup_context
+)
+
+
+def _packed_linear_group_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    input, weights, out_features = inputs
+    ctx.save_for_backward(*weights)
+    ctx.in_features = input.shape[-1]
+    ctx.out_features = out_features
+    ctx.set_materialize_grads(False)
+
+
+def _packed_linear_group_backward(ctx: Any, grad_outputs: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors  # once: with activation checkpointing every access computes them anew
+    grad_input: torch.Tensor | None = None
+    grad_weights: list[torch.Tensor | None] = [None] * len(tensors)
+    for i, grad_output in enumerate(grad_outputs):
+        if grad_output is None:
+            continue
+        first, last = i * _TENSORS_PER_WEIGHT, (i + 1) * _TENSORS_PER_WEIGHT - 1
+        *packed, column_scales, means, bias = tensors[first : last + 1]
+        if ctx.needs_input_grad[0]:
+            absent: Any = (None if tensor.numel() == 0 else tensor for tensor in (column_scales, means))
+            part = _grad_input(grad_output, (*packed, *absent), ctx.out_features[i], ctx.in_features)
+            grad_input = part if grad_input is None else grad_input + part
+        if ctx.needs_input_grad[1][last] and bias.numel() > 0:
+            grad_weights[last] = _grad_bias(grad_output, bias.dtype)
+    return grad_input, grad_weights, None
+
+
+torch.library.register_autograd(
+    "loop_singular_bit::packed_linear_group",
+    _packed_linear_group_backward,
+    setup_context=_packed_linear_group_setup_context,
 )
 
 

@@ -12,6 +12,7 @@ from . import ops
 from .packed_weight import TENSOR_NAMES, PackedLayout, PackedWeight
 
 if TYPE_CHECKING:
+    from .linear_groups import GroupCall
     from .quantization.presets import Preset
 
 
@@ -71,7 +72,7 @@ class _PackedModule(nn.Module):
         if self._owner:
             return self._owner[0]._packed_buffers()
         # As attributes of a module they would take 15 microseconds.
-        buffers: dict[str, Any] = self._buffers
+        buffers: Any = self._buffers
         return (
             buffers["signs"],
             buffers["scales"],
@@ -110,6 +111,7 @@ class PackedLinear(_PackedModule):
     """
 
     bias: nn.Parameter | None
+    _group_call: GroupCall | None = None  # while a parent's forward runs that calls this linear among others
 
     def __init__(
         self, in_features: int, out_features: int, bias: nn.Parameter | None, activation_precision: str
@@ -206,14 +208,18 @@ class PackedLinear(_PackedModule):
     def _layout_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def _bias_for(self, input: torch.Tensor) -> torch.Tensor | None:
         bias: torch.Tensor | None = self._parameters["bias"]
-        if bias is not None and bias.dtype != input.dtype:
-            bias = bias.to(input.dtype)
+        return bias if bias is None or bias.dtype == input.dtype else bias.to(input.dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        call = self._group_call
+        if call is not None and (output := call.output_of(self, input)) is not None:
+            return output
         return ops.packed_linear(
             input,
             *self._packed_buffers(),
-            bias,
+            self._bias_for(input),
             self.out_features,
             activation_precision=self.activation_precision,
         )

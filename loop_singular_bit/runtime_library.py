@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, MemoryBudgetExceeded
+from .errors import CheckpointError, MemoryBudgetExceeded, UnsupportedModelError
 
 _LIBRARY = Path(__file__).with_name("_runtime.so")
 _MODEL = ctypes.c_void_p
@@ -80,7 +80,7 @@ class NativeModel:
         options: see `loop_singular_bit_open` in csrc/runtime/c_api.h.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of a kind that the runtime does not run.
+        CheckpointError: the checkpoint is damaged; UnsupportedModelError: of a kind that the runtime does not run.
         MemoryBudgetExceeded: the budget cannot be met; says what each part needs.
         ValueError: an option is out of range.
         OSError: a file cannot be read.
@@ -201,6 +201,6 @@ def _exception(failure: dict[str, Any], options: dict[str, Any]) -> Exception:
         return MemoryBudgetExceeded(
             message, target_mb=options.get("budget_bytes", 0) / 1e6, needed_mb=failure["needed_bytes"] / 1e6
         )
-    if kind == "checkpoint":
-        return CheckpointError(message)
+    if kind in ("checkpoint", "unsupported"):
+        return (CheckpointError if kind == "checkpoint" else UnsupportedModelError)(message)
     return OSError(message) if kind == "disk" else ValueError(message)

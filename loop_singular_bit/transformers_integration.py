@@ -313,7 +313,8 @@ class LoopSingularBitQuantizer(HfQuantizer):
         fraction = self.quantization_config.outlier_fraction
         out_features, in_features = _weight_shape(module)
         outliers = outlier_count(in_features, preset.outlier_fraction if fraction is None else fraction)
-        return PackedLayout(out_features, in_features, planes, outliers, preset.column_scales, preset.means)
+        column_scales = preset.column_scales and not is_embedding_or_head
+        return PackedLayout(out_features, in_features, planes, outliers, column_scales, preset.means)
 
     # ---- while loading ----------------------------------------------------------------------------------------------
 
@@ -360,6 +361,8 @@ class LoopSingularBitQuantizer(HfQuantizer):
     # ---- after loading ----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from .linear_groups import group_linears
+
         if self._failure is not None:
             raise self._failure
         if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
@@ -367,6 +370,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
         packed_modules = dict(_packed_modules(model))
         for module in packed_modules.values():
             module.__dict__.pop("weight", None)  # see _replace
+        group_linears(model)
         if not self.pre_quantized:
             left = [name for name in self._plan.modules if name not in packed_modules]
             if left:
@@ -400,8 +404,10 @@ class LoopSingularBitQuantizer(HfQuantizer):
         return state, {"quant_method": QUANT_METHOD, "format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .linear_groups import ungroup_linears
         from .packed_linear import PackedLinear
 
+        ungroup_linears(model)
         dense: dict[int, nn.Parameter] = {}
         for name, module in list(_packed_modules(model)):
             packed_weight = module.packed_weight

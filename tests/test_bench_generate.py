@@ -22,7 +22,7 @@ def test_reports_each_back_end_with_its_memory(tmp_path: Path) -> None:
 
 
 def test_a_hollow_checkpoint_runs_without_being_written(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/make_packed_checkpoint.py", str(tmp_path / "model"), "--hollow"]
+    command = [sys.executable, "benchmarks/make_checkpoint.py", str(tmp_path / "model"), "--packed", "--hollow"]
     subprocess.run([*command, "--shape", "small", "--layers", "1"], check=True, cwd=ROOT, capture_output=True)
     program = (
         "from loop_singular_bit import load_compressed_model\n"

@@ -68,6 +68,7 @@ def test_options_reach_the_compressor(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["compress", source, tmp_path / "packed", *RAM, "--json", "--preset", "b3", "--outlier-ratio", "0.05"]
     arguments += ["--threads", "1", "--skip-modules", "q_proj", "model.layers.0.mlp", "--keep-embeddings"]
     arguments += ["--max-layers", "2", "--max-shard-gb", "100e-6", "--target-storage-gb", "1"]
+    arguments += ["--uniform"]
     code, output, _ = run(capsys, *arguments)
     assert code == 0
     facts = json.loads(output)
@@ -97,7 +98,10 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "compress", source, packed, "--preset", "b1", "--force", "--quiet", *RAM)[0] == 0
     code, _, errors = run(capsys, "compress", source, packed, *RAM)
     assert code == 2 and "--overwrite" in errors
-    code, _, errors = run(capsys, "compress", source, packed, "--overwrite", "--target-storage-gb", "1e-6", *RAM)
+    too_small = ["--overwrite", "--target-storage-gb", "1e-6", *RAM]
+    code, _, errors = run(capsys, "compress", source, packed, *too_small)
+    assert code == 2 and "cannot be met" in errors and "is the least" in errors
+    code, _, errors = run(capsys, "compress", source, packed, "--uniform", *too_small)
     assert code == 5 and "storage target missed" in errors
     tensors = llama_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
@@ -199,7 +203,7 @@ def test_an_interrupted_compression_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_compress._ProgressBar, "update", interrupt)
+        patch.setattr(cli_compress._Progress, "update", interrupt)
         code, _, errors = run(capsys, "compress", source, tmp_path / "packed", *RAM)
     assert code == 130 and "interrupted; continue with --resume" in errors
     assert not (tmp_path / "packed").exists()

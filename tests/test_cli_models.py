@@ -78,11 +78,36 @@ def test_evaluate_judges_by_a_threshold(directories: SimpleNamespace, capsys: py
     codes = [main([*each, "--quality-threshold", "0"]) for each in (arguments, reversed_arguments)]
     assert sorted(codes) == [EXIT_OK, EXIT_QUALITY]
     captured = capsys.readouterr()
-    assert "quality below the threshold: perplexity rose by" in captured.err
+    assert "percent increase of perplexity, the limit is 0" in captured.err
     assert "KL divergence, nats per token" in captured.out
     assert "top-1 agreement" in captured.out
     without_original = [arguments[0], arguments[1], *arguments[4:], "--quality-threshold", "1"]
     assert main(without_original) == EXIT_USAGE
+    # Each limit alone decides, and only the one that is set.
+    assert main([*arguments, "--max-kl-divergence", "1e-9"]) == EXIT_QUALITY
+    assert "nats of KL divergence per token, the limit is 1e-09" in capsys.readouterr().err
+    assert main([*arguments, "--max-kl-divergence", "100", "--min-top1-agreement", "0"]) == EXIT_OK
+    assert main([*arguments, "--min-top1-agreement", "1"]) == EXIT_QUALITY
+
+
+def test_evaluate_several_texts_with_intervals(
+    directories: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text(HELD_OUT[1].read_text(encoding="utf-8")[5000:6500], encoding="utf-8")
+    arguments = [
+        *("evaluate", directories.packed, "--against", directories.original),
+        *("--text", directories.text, str(second), "--window", "32", "--max-tokens", "200"),
+    ]
+    results = run_json(capsys, *arguments)
+    assert [text["tokens"] for text in results["per_text"]] == [100, 100]
+    for figures in (results, *results["per_text"]):
+        for name in ("perplexity", "perplexity_ratio", "kl_divergence", "kl_divergence_p99", "top1_agreement"):
+            low, high = figures[f"{name}_interval"]
+            assert low <= figures[name] <= high, name
+    assert main(arguments) == EXIT_OK
+    printed = capsys.readouterr().out
+    assert "second.txt" in printed and "all texts" in printed and "95 % confidence" in printed
 
 
 def test_evaluate_names_what_is_wrong(
@@ -96,9 +121,10 @@ def test_evaluate_names_what_is_wrong(
     assert "64 positions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["packed", "original"])
-def test_generate(directories: SimpleNamespace, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+@pytest.mark.parametrize(("kind", "engine"), [("packed", "native"), ("packed", "transformers"), ("original", "auto")])
+def test_generate(directories: SimpleNamespace, capsys: pytest.CaptureFixture[str], kind: str, engine: str) -> None:
     arguments = ["generate", getattr(directories, kind), "--prompt", "The old sailor", "--max-new-tokens", "6"]
+    arguments += ["--engine", engine]
     results = run_json(capsys, *arguments)
     assert results["new_tokens"] <= 6 and results["text"]
     assert results["tokens_per_second"] > 0 and results["peak_resident_mb"] > 50
@@ -109,7 +135,7 @@ def test_generate(directories: SimpleNamespace, capsys: pytest.CaptureFixture[st
 
 
 def test_generate_samples_by_seed(directories: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", directories.packed, "--prompt", "The", "--max-new-tokens", "8", "--temperature", "1.5"]
+    arguments = ["generate", directories.original, "--prompt", "The", "--max-new-tokens", "8", "--temperature", "1.5"]
     texts = [run_json(capsys, *arguments, "--top-p", "0.99", "--seed", seed)["text"] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
 
@@ -126,7 +152,7 @@ def test_generate_prints_what_came_before_an_interrupt(
         put(self, value)
 
     monkeypatch.setattr(transformers.TextStreamer, "put", interrupted_put)
-    arguments = ["generate", directories.packed, "--prompt", "The old sailor", "--max-new-tokens", "40"]
+    arguments = ["generate", directories.original, "--prompt", "The old sailor", "--max-new-tokens", "40"]
     assert main(arguments) == EXIT_INTERRUPTED
     captured = capsys.readouterr()
     assert len(captured.out.strip()) > len("The old sailor")

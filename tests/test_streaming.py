@@ -31,6 +31,7 @@ from streamed_models import (  # noqa: E402
 
 from loop_singular_bit import LoopCompressor, PackedLayout, ops  # noqa: E402
 from loop_singular_bit.errors import CheckpointError, MemoryBudgetExceeded  # noqa: E402
+from loop_singular_bit.local_models import is_packed, resolve_model  # noqa: E402
 from loop_singular_bit.streaming import (  # noqa: E402
     StreamingManager,
     get_system_info,
@@ -97,6 +98,29 @@ def test_logits_equal_those_of_transformers(packed: Callable[[str], Path], name:
     # Chunks that do not fit together with blocks of positions.
     chunks = load_compressed_model(directory, activation_precision="exact", cache_type="float32", prefill_tokens=11)
     assert relative_difference(native_logits(chunks, tokens), expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "llama-dynamic-rope", "llama-longrope"])
+def test_generation_beyond_the_original_context_is_that_of_transformers(
+    packed: Callable[[str], Path], name: str
+) -> None:
+    """Frequencies that change with the length change for the positions to come only: older keys stay."""
+    model = transformers_model(packed(name), "exact")
+    manager = load_compressed_model(packed(name), activation_precision="exact", cache_type="float32", context_length=64)
+    tokens = token_ids(14)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens)),
+            max_new_tokens=50,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    assert list(manager.generate_tokens(tokens, 50)) == expected[0, len(tokens) :].tolist()
+    # Keys of another length are not taken over: the answer is that of a fresh start.
+    longer = [*tokens, *expected[0, len(tokens) : 40].tolist(), 3]
+    fresh = load_compressed_model(packed(name), activation_precision="exact", cache_type="float32", context_length=64)
+    assert list(manager.generate_tokens(longer, 8, {"reuse_cache": True})) == list(fresh.generate_tokens(longer, 8))
 
 
 @pytest.mark.parametrize(("cache_type", "bound"), [("float16", 1e-3), ("int8", 3e-2)])
@@ -371,7 +395,12 @@ def test_checkpoints_that_do_not_fit_are_refused(
         ({"model_type": "gpt2"}, 'runs llama, mistral, qwen2 and qwen3, not "gpt2"'),
         ({"hidden_act": "gelu"}, "hidden_act: expected silu"),
         ({"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "expected default, linear or llama3"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, 'dynamic or longrope, got "proportional"'),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -2.0}}, "factor: expected a positive number, got -2"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 8}},
+            "short_factor: expected 8 numbers, one per pair, got 1",
+        ),
         ({"hidden_size": -1}, "hidden_size: expected an integer from 1"),
         ({"vocab_size": 1 << 60}, "vocab_size: expected an integer from 1"),
         ({"quantization_config": None}, "no quantization_config"),
@@ -413,10 +442,15 @@ def test_checksums_are_verified_on_request(books: Path, tmp_path: Path) -> None:
 def test_a_signal_interrupts_native_code(books: Path) -> None:
     manager = load_compressed_model(books, threads=1)
     tokens = manager.tokenizer.encode(PROMPT) * 60
-    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in range(1000):
-            manager.logits(tokens[:900])
+    # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(1000):
+                manager.logits(tokens[:900])
+    finally:
+        signal.signal(signal.SIGINT, before)
     # The model is as usable as before.
     assert len(list(manager.generate_tokens(tokens[:9], 3))) == 3
 
@@ -554,6 +588,77 @@ def test_names_resolve_to_directories_and_to_the_cache(
     assert found[str(books)]["bytes"] == (books / "model.safetensors").stat().st_size
     with pytest.raises(CheckpointError, match="no such directory"):
         load_compressed_model("not there")
+
+
+@pytest.fixture
+def hub(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An empty cache, and a Hub that has one model; what was fetched from it."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    fetched: list[str] = []
+
+    def snapshot(name: str) -> Path:
+        if name != "someone/books":
+            raise LocalEntryNotFoundError(f"404: {name}")
+        directory = cache / "models--someone--books" / "snapshots" / "abc"
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def hf_hub_download(name: str, file: str) -> str:
+        path = snapshot(name) / file
+        shutil.copy(books / file, path)
+        fetched.append(file)
+        return str(path)
+
+    def snapshot_download(name: str) -> str:
+        directory = snapshot(name)
+        shutil.copytree(books, directory, dirs_exist_ok=True)
+        fetched.append("all")
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_a_model_comes_from_the_hub_once(hub: list[str]) -> None:
+    text = load_compressed_model("someone/books").generate(PROMPT, 4)
+    assert load_compressed_model("someone/books").generate(PROMPT, 4) == text
+    assert hub == ["all"]
+    with pytest.raises(CheckpointError, match="nobody/none: no such directory, and not to be had from the Hub: 404"):
+        load_compressed_model("nobody/none")
+
+
+def test_whether_a_model_on_the_hub_is_packed_takes_its_configuration_only(hub: list[str]) -> None:
+    assert is_packed("someone/books")
+    assert hub == ["config.json"]
+    # Half a snapshot is not taken for a model.
+    assert list_models([]) == []
+    assert load_compressed_model("someone/books").directory.name == "abc"
+    assert hub == ["config.json", "all"]
+    assert [model["name"] for model in list_models([])] == ["someone/books"]
+    assert is_packed("someone/books") and hub == ["config.json", "all"]
+
+
+def test_shards_of_a_cached_model_may_be_missing(books: Path, hub: list[str], tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--someone--books" / "snapshots" / "abc"
+    LoopCompressor(target_ram_mb=None, max_shard_gb=0.0008).compress_model(BOOKS, snapshot)
+    assert resolve_model("someone/books") == snapshot and hub == []
+    sorted(snapshot.glob("*.safetensors"))[1].unlink()
+    resolve_model("someone/books")
+    assert hub == ["all"]
+
+
+def test_without_the_hub_library_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
+        load_compressed_model("someone/books")
 
 
 def test_system_info_says_what_budget_runs_what(books: Path) -> None:

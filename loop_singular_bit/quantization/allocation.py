@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +22,9 @@ CANDIDATE_PLANES = (1, 2, 3, 4)
 _OUTLIER_MULTIPLES_AT_MOST_PLANES = (1, 2, 4)
 _DEFAULT_OUTLIER_FRACTION = 1 / 128
 _BISECTIONS = 60
+_STRAIGHT = 1e-9
+# Rows do not depend on each other: enough of them to compare layouts by, and few enough to cost less than packing once.
+SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,18 @@ class Candidate:
     loss: float
 
 
+def candidate_layouts(columns: int, outlier_fraction: float) -> list[tuple[int, int]]:
+    """(planes, outliers per row) that a linear may get: 1 to 4 planes, with 4 also two and four times the outliers."""
+    return [
+        (planes, outliers) for planes in CANDIDATE_PLANES for outliers in _outliers(columns, planes, outlier_fraction)
+    ]
+
+
+def _outliers(columns: int, planes: int, fraction: float, most_planes: int = max(CANDIDATE_PLANES)) -> list[int]:
+    multiples = _OUTLIER_MULTIPLES_AT_MOST_PLANES if planes == most_planes else (1,)
+    return sorted({outlier_count(columns, min(1.0, multiple * fraction)) for multiple in multiples})
+
+
 def allocate(candidates: Mapping[str, Sequence[Candidate]], target_bits: float) -> dict[str, tuple[int, int]]:
     """Planes and outliers per row of each linear with the least total loss for at most target_bits per weight.
 
@@ -55,9 +73,10 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], target_bits: float) 
     budget = target_bits * weights
     smallest = sum(hull[0].bits for hull in hulls.values())
     if smallest > budget:
+        largest = sum(max(one.bits for one in some) for some in candidates.values())
         raise ValueError(
-            f"target_bits: {target_bits:g} bits per weight cannot be met, "
-            f"the smallest layouts need {smallest / weights:.3f}"
+            f"target_bits: {target_bits:.4g} bits per weight cannot be met: the smallest layouts need "
+            f"{smallest / weights:.3f}, the largest {largest / weights:.3f}"
         )
     free, dear = 0.0, 1.0
     while _total_bits(hulls, chosen := _choose(hulls, dear)) > budget:
@@ -83,46 +102,105 @@ def measure_candidates(
     outlier_fraction: float = _DEFAULT_OUTLIER_FRACTION,
     rounds: int = 1,
     enlargement: int = 1,
+    checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Candidate]]:
-    """Packs every linear in every way and estimates what each does to the model's loss.
+    """Packs every linear in every way and estimates what each does to what the model puts out.
 
     The loss of a candidate is its squared output error, tr(E H E'), times how much the model minds an error there: the
-    mean squared gradient of -log p by the linear's outputs, p being what the model itself predicts, on a few windows
-    (the diagonal of the Fisher information, one number for each linear).
+    mean squared gradient, by the linear's outputs, of -log p for a language model, p being what it predicts itself (the
+    diagonal of the Fisher information, one number for each linear), and of the last hidden states in a random direction
+    for another model (their squared change, to first order), on a few windows.
+
+    Of a linear with more than 256 rows that many are packed, evenly spread, and stand for the others.
 
     Args:
-        model: the original; takes `input_ids` and returns an object with `logits`.
+        model: the original; takes `input_ids`. With `logits` in what it returns it is a language model.
         weights: by name of linear.
         statistics: of their inputs.
         windows: int64 [windows, window], a few.
         outlier_fraction: outliers over weights in a row; with the most planes also twice and four times as many.
         rounds: of refinement; one is enough to compare.
         enlargement: count bits as if matrices had so many times the rows and columns.
+        checkpoint: file that is written linear by linear, and continued: it must be of the same work.
         progress: called after each linear with how many are done and how many there are.
     """
-    with _one_thread():
-        sensitivities = _output_sensitivities(model, list(weights), windows)
-    candidates: dict[str, list[Candidate]] = {}
-    for name, weight in weights.items():
-        rows, columns = weight.shape
-        hessian = statistics[name].hessian
-        exact = weight.detach().float()
+    stored = _StoredMeasurements(checkpoint)
+    if stored.sensitivities is None:
         with _one_thread():
-            signal = float(((exact @ hessian) * exact).sum(dtype=torch.float64))
-        candidates[name] = []
-        for count in planes:
-            multiples = _OUTLIER_MULTIPLES_AT_MOST_PLANES if count == max(planes) else (1,)
-            for outliers in sorted({outlier_count(columns, min(1.0, m * outlier_fraction)) for m in multiples}):
-                calibrated = quantize_weight_calibrated(exact, hessian, planes=count, outliers=outliers, rounds=rounds)
-                layout = PackedLayout(rows * enlargement, columns * enlargement, count, outliers * enlargement)
-                loss = sensitivities[name] * signal * calibrated.losses[-1]
-                candidates[name].append(
-                    Candidate(count, outliers, 8 * layout.nbytes // enlargement**2, rows * columns, loss)
-                )
+            stored.set_sensitivities(_output_sensitivities(model, list(weights), windows))
+    sensitivities = stored.sensitivities
+    assert sensitivities is not None
+    for name, weight in weights.items():
+        if name not in stored.candidates:
+            stored.add(
+                name,
+                _measure_linear(
+                    weight, statistics[name].hessian, sensitivities[name], planes, outlier_fraction, rounds, enlargement
+                ),
+            )
         if progress is not None:
-            progress(len(candidates), len(weights))
+            progress(len(stored.candidates), len(weights))
+    return {name: stored.candidates[name] for name in weights}
+
+
+def _measure_linear(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    sensitivity: float,
+    planes: Sequence[int],
+    outlier_fraction: float,
+    rounds: int,
+    enlargement: int,
+) -> list[Candidate]:
+    rows, columns = weight.shape
+    count = min(rows, SAMPLED_ROWS)
+    exact = weight.detach()[torch.arange(count) * rows // count].float()
+    with _one_thread():
+        signal = float(((exact @ hessian) * exact).sum(dtype=torch.float64)) * rows / count
+    candidates = []
+    for plane_count in planes:
+        for outliers in _outliers(columns, plane_count, outlier_fraction, max(planes)):
+            calibrated = quantize_weight_calibrated(
+                exact, hessian, planes=plane_count, outliers=outliers, rounds=rounds
+            )
+            layout = PackedLayout(rows * enlargement, columns * enlargement, plane_count, outliers * enlargement)
+            loss = sensitivity * signal * calibrated.losses[-1]
+            candidates.append(
+                Candidate(plane_count, outliers, 8 * layout.nbytes // enlargement**2, rows * columns, loss)
+            )
     return candidates
+
+
+class _StoredMeasurements:
+    """Sensitivities, then candidates linear by linear, as lines of JSON; a line that a kill cut off is forgotten."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.sensitivities: dict[str, float] | None = None
+        self.candidates: dict[str, list[Candidate]] = {}
+        if path is None or not path.is_file():
+            return
+        lines = path.read_bytes().split(b"\n")[:-1]
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+        for line in map(json.loads, lines):
+            if "sensitivities" in line:
+                self.sensitivities = line["sensitivities"]
+            else:
+                self.candidates[line["name"]] = [Candidate(**fields) for fields in line["candidates"]]
+
+    def set_sensitivities(self, sensitivities: dict[str, float]) -> None:
+        self.sensitivities = sensitivities
+        self._append({"sensitivities": sensitivities})
+
+    def add(self, name: str, candidates: list[Candidate]) -> None:
+        self.candidates[name] = candidates
+        self._append({"name": name, "candidates": [asdict(one) for one in candidates]})
+
+    def _append(self, line: dict[str, object]) -> None:
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 @contextmanager
@@ -137,7 +215,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _output_sensitivities(model: nn.Module, names: Sequence[str], windows: torch.Tensor) -> dict[str, float]:
-    """Mean over tokens and outputs of the squared gradient of -log p at tokens drawn from the model itself."""
+    """Mean over tokens and outputs of the squared gradient of what the model puts out, drawn at random once per token.
+
+    Of a language model -log p at a token drawn from its own prediction; of another the product of the last hidden state
+    (and of the pooled one) with a normal vector, the expectation of whose square is that of the Jacobian.
+    """
     generator = torch.Generator().manual_seed(0)
     sums = dict.fromkeys(names, 0.0)
     counts = dict.fromkeys(names, 0)
@@ -148,22 +230,35 @@ def _output_sensitivities(model: nn.Module, names: Sequence[str], windows: torch
                 sums[name] += float(gradient.square().sum(dtype=torch.float64))
                 counts[name] += gradient.numel()
 
-            output.register_hook(measure)
+            if output.requires_grad:
+                output.register_hook(measure)
 
         return hook
+
+    def start_gradients(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_(True)  # parameters need none
 
     required = [parameter.requires_grad for parameter in model.parameters()]
     was_training = model.training
     model.eval().requires_grad_(False)
     handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handles.append(embeddings.register_forward_hook(start_gradients))
     try:
-        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         for window in windows:
-            # Gradients start at the embedded tokens: parameters need none.
-            inputs = embeddings(window[None]).detach().requires_grad_(True)
-            logits = model(inputs_embeds=inputs, use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-            (-logits.log_softmax(-1).gather(-1, drawn).sum()).backward()
+            output = model(input_ids=window[None])
+            if getattr(output, "logits", None) is not None:
+                logits = output.logits[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                (-logits.log_softmax(-1).gather(-1, drawn).sum()).backward()
+            else:
+                outputs = [output[0], getattr(output, "pooler_output", None)]
+                products = [
+                    (tensor * torch.randn(tensor.shape, generator=generator)).sum()
+                    for tensor in outputs
+                    if tensor is not None
+                ]
+                torch.stack(products).sum().backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -179,7 +274,8 @@ def _lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
     for candidate in sorted(candidates, key=lambda one: (one.bits, one.loss)):
         if hull and candidate.loss >= hull[-1].loss:
             continue
-        while len(hull) >= 2 and _gain(hull[-2], hull[-1]) < _gain(hull[-1], candidate):
+        # On a straight line points stay, whatever the last digit says: they are the smaller steps.
+        while len(hull) >= 2 and _gain(hull[-2], hull[-1]) < (1 - _STRAIGHT) * _gain(hull[-1], candidate):
             hull.pop()
         hull.append(candidate)
     if not hull:

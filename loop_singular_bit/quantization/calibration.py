@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from loop_singular_bit.quantization.layer_calls import HiddenStates, LayerCall, LayerRecorder, hidden_of, running_until
 from loop_singular_bit.safetensors_stream import replace_file
 
 DEFAULT_WINDOW = 512
-DEFAULT_MAX_WINDOWS = 256
+DEFAULT_MAX_WINDOWS = 128
 _INDEX_FILE = "calibration.json"
+_ROWS_ADDED = 256
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Texts as int64 [windows, window]; each begins with the tokenizer's beginning-of-sequence token if it has one.
 
+    Windows for an encoder, whose tokenizer has a class token instead, begin with that and end with the separator.
+
     Texts are tokenized on their own and cut without overlap; what is left over at the end of a text is dropped. Of more
     than max_windows windows that many are taken, evenly spread.
 
@@ -67,14 +71,20 @@ def calibration_windows(
     if window < 2 or max_windows < 1:
         raise ValueError(f"expected a window of at least 2 and at least 1 window, got {window} and {max_windows}")
     beginning = getattr(tokenizer, "bos_token_id", None)
-    prefix = [] if beginning is None else [beginning]
-    step = window - len(prefix)
+    prefix, suffix = [] if beginning is None else [beginning], []
+    if beginning is None and None not in (
+        ends := [getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)]
+    ):
+        prefix, suffix = ends[:1], ends[1:]
+    step = window - len(prefix) - len(suffix)
+    if step < 1:
+        raise ValueError(f"window: expected more than the {window - step} tokens that every window has, got {window}")
     windows: list[list[int]] = []
     tokens = 0
     for text in [texts] if isinstance(texts, str) else texts:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         tokens += len(ids)
-        windows += [prefix + ids[first : first + step] for first in range(0, len(ids) - step + 1, step)]
+        windows += [prefix + ids[first : first + step] + suffix for first in range(0, len(ids) - step + 1, step)]
     if not windows:
         raise ValueError(
             f"texts: {tokens} tokens do not fill one window of {window}; give more text or a smaller window"
@@ -220,15 +230,16 @@ class _Collector:
             self._report("model", 1, 1)
             return
         first = calls[0]
-        states = _States(len(self.windows), first.hidden, self.activation_bytes)
-        self._run_until(first.layer, states.put)
+        states = HiddenStates(len(self.windows), first.hidden, self.activation_bytes, self.store.directory)
+        with running_until(first.layer, self._run_model) as run_until:
+            self._for_windows(run_until, states.put)
         inside = {leader for call in calls for leader in self._leaders_in(call.name)}
         parts = len(calls) + (1 if inside != set(self.groups) else 0)
         for done, call in enumerate(calls):
             leaders = [leader for leader in self._leaders_in(call.name) if leader not in self.store]
 
-            def run_layer(window: int, call: _LayerCall = call) -> torch.Tensor:
-                return _hidden(call.layer(states.get(window), *call.args, **call.kwargs))
+            def run_layer(window: int, call: LayerCall = call) -> torch.Tensor:
+                return hidden_of(call.layer(states.get(window), *call.args, **call.kwargs))
 
             self._measure(leaders, len(self.windows), run_layer, states.put)
             self._report(call.name, done + 1, parts)
@@ -241,11 +252,9 @@ class _Collector:
     def _leaders_in(self, layer: str) -> list[str]:
         return [leader for leader in self.groups if leader.startswith(layer + ".")]
 
-    def _probe(self) -> tuple[dict[str, list[str]], list[_LayerCall] | None]:
+    def _probe(self) -> tuple[dict[str, list[str]], list[LayerCall] | None]:
         """One window: which linears share an input, and how the layers are called (None: not one after another)."""
         seen: list[tuple[torch.Tensor, list[str]]] = []
-        calls: list[_LayerCall] = []
-        outputs: list[torch.Tensor] = []
         handles = []
 
         def linear_hook(name: str) -> Callable[..., None]:
@@ -258,22 +267,12 @@ class _Collector:
 
             return hook
 
-        def layer_hook(name: str) -> Callable[..., None]:
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                if args and isinstance(args[0], torch.Tensor):
-                    calls.append(_LayerCall(name, layer, args[0], args[1:], kwargs))
-                    outputs.append(_hidden(output))
-
-            return hook
-
         for name, module in self.model.named_modules():
             if name in self.wanted:
                 handles.append(module.register_forward_pre_hook(linear_hook(name)))
-        layers = _decoder_layers(self.model)
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(layer_hook(name), with_kwargs=True))
         try:
-            self._run_model(0)
+            with LayerRecorder(self.model) as recorder:
+                self._run_model(0)
         finally:
             for handle in handles:
                 handle.remove()
@@ -283,42 +282,12 @@ class _Collector:
             fresh = [name for name in dict.fromkeys(names) if name not in known]
             if fresh:
                 groups[fresh[0]] = fresh
-        sequential = (
-            [call.name for call in calls] == list(layers)
-            and len(calls) > 0
-            and all(call.hidden is output for call, output in zip(calls[1:], outputs[:-1], strict=True))
-            and not any(
-                "past_key_values" in call.kwargs and call.kwargs["past_key_values"] is not None for call in calls
-            )
-        )
-        return groups, calls if sequential else None
+        return groups, recorder.chain()
 
     def _run_model(self, window: int) -> torch.Tensor:
         ids = self.windows[window : window + 1].to(next(self.model.parameters()).device)
         output = self.model(input_ids=ids, **({"use_cache": False} if hasattr(self.model, "generate") else {}))
-        return _hidden(output)
-
-    def _run_until(self, layer: nn.Module, take: Callable[[int, torch.Tensor], None]) -> None:
-        """Runs the model on all windows up to what goes into a layer."""
-        caught = threading.local()
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.hidden = args[0]
-            raise _Reached
-
-        def run(window: int) -> torch.Tensor:
-            try:
-                self._run_model(window)
-            except _Reached:
-                pass
-            hidden: torch.Tensor = caught.hidden
-            return hidden
-
-        handle = layer.register_forward_pre_hook(hook)
-        try:
-            self._for_windows(run, take)
-        finally:
-            handle.remove()
+        return hidden_of(output)
 
     def _for_windows(
         self, run: Callable[[int], torch.Tensor], take: Callable[[int, torch.Tensor], None] | None = None
@@ -364,7 +333,11 @@ class _Collector:
         def add(window: int, output: torch.Tensor) -> None:
             for name, (product, count) in results.pop(window).items():
                 # The sum over many windows is where float32 would lose digits.
-                sums[name] = product.double() if name not in sums else sums[name].add_(product)
+                if name not in sums:
+                    sums[name] = torch.zeros(product.shape, dtype=torch.float64)
+                # By blocks: torch would convert the whole product first, twice its memory.
+                for total, part in zip(sums[name].split(_ROWS_ADDED), product.split(_ROWS_ADDED), strict=True):
+                    total.add_(part)
                 tokens[name] += count
             if take is not None:
                 take(window, output)
@@ -383,59 +356,3 @@ class _Collector:
         if self.progress is not None:
             seconds = time.perf_counter() - self.start
             self.progress(CalibrationProgress(name, done, total, seconds, seconds / done * (total - done)))
-
-
-@dataclass(frozen=True)
-class _LayerCall:
-    """How the model calls one of its layers; what comes beside the hidden states is the same for every window."""
-
-    name: str
-    layer: nn.Module
-    hidden: torch.Tensor
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-class _Reached(Exception):
-    pass
-
-
-class _States:
-    """Hidden states of all windows, in memory or in an unnamed file."""
-
-    def __init__(self, windows: int, example: torch.Tensor, limit: int) -> None:
-        shape = (windows, *example.shape)
-        if windows * example.nbytes <= limit:
-            self._all = torch.empty(shape, dtype=example.dtype)
-        else:
-            import tempfile
-
-            # Alive as long as the mapping, gone after it: nothing is left when the process is killed.
-            with tempfile.NamedTemporaryFile() as file:
-                file.truncate(windows * example.nbytes)
-                flat = torch.from_file(file.name, shared=True, size=windows * example.numel(), dtype=example.dtype)
-                self._all = flat.view(shape)
-
-    def get(self, window: int) -> torch.Tensor:
-        return self._all[window]
-
-    def put(self, window: int, hidden: torch.Tensor) -> None:
-        self._all[window] = hidden
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    """The tensor that a layer or model hands on."""
-    if isinstance(output, torch.Tensor):
-        return output
-    first = output[0]
-    return first if isinstance(first, torch.Tensor) else _hidden(first)
-
-
-def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The longest `nn.ModuleList` with linears inside, by name of its entries; empty if there is none."""
-    best: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(best):
-            if all(any(isinstance(inner, nn.Linear) for inner in layer.modules()) for layer in module):
-                best = {f"{name}.{index}" if name else str(index): layer for index, layer in enumerate(module)}
-    return best

@@ -21,7 +21,7 @@ class Preset:
         planes: sign planes of linear layers.
         outlier_fraction: outliers of a row over its columns; see `outlier_count`.
         embedding_planes: sign planes of embeddings and output heads.
-        column_scales: whether weights get one scale per column.
+        column_scales: whether linears get one scale per column; embeddings and output heads get none.
         means: whether rows get a mean.
         without_calibration: "fine", "warn" (usable, visibly damaged) or "force" (unusable on real language models).
     """
@@ -79,11 +79,14 @@ def outlier_count(in_features: int, fraction: float) -> int:
     return min(in_features, max(1, math.ceil(fraction * in_features - 1e-9)))
 
 
-def check_calibration(preset: str | Preset, *, force: bool = False, stacklevel: int = 2) -> None:
+def check_calibration(
+    preset: str | Preset, *, force: bool = False, stacklevel: int = 2, subject: str | None = None
+) -> None:
     """Says loudly what a preset does without calibration; to be called once per model, before any work.
 
     Args:
         stacklevel: whom the warning points at: 2 is the caller of this function, 3 the caller's caller.
+        subject: what the messages are about, when it is not the preset itself but something as small.
 
     Warns:
         UncalibratedWarning: the preset visibly damages a model without calibration.
@@ -92,14 +95,15 @@ def check_calibration(preset: str | Preset, *, force: bool = False, stacklevel: 
         ValueError: the preset is unusable without calibration, and `force` is not set.
     """
     preset = find_preset(preset)
+    subject = subject or f"preset {preset.name!r}"
     if preset.without_calibration == "force" and not force:
         raise ValueError(
-            f"preset {preset.name!r} without calibration makes language models unusable (about {preset.planes} bit per "
+            f"{subject} without calibration makes language models unusable (about {preset.planes} bit per "
             "weight from the weights alone); take 'b4', or pass force=True (--force) to do it all the same"
         )
     if preset.without_calibration != "fine":
         warnings.warn(
-            f"preset {preset.name!r} without calibration visibly damages language models; 'b4' does not. Evaluate the "
+            f"{subject} without calibration visibly damages language models; 'b4' does not. Evaluate the "
             "result before you use it.",
             UncalibratedWarning,
             stacklevel=stacklevel,

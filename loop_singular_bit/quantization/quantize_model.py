@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from loop_singular_bit import ops
+from loop_singular_bit.linear_groups import group_linears
 from loop_singular_bit.packed_linear import PackedEmbedding, PackedLinear
 from loop_singular_bit.packed_weight import PackedWeight
 from loop_singular_bit.quantization.eligibility import MIN_FEATURES, embedding_skip_reason, linear_skip_reason
@@ -155,7 +156,8 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
 
     Any `nn.Module` with `nn.Linear`s inside works. A weight that an embedding and an output head share is packed once
     and stays shared. Norms, biases, convolutions and everything else keep their values. The dense weights are freed as
-    soon as nothing else refers to them.
+    soon as nothing else refers to them. Linears of Transformers models that take the same input run in one call (see
+    `linear_groups`).
 
     Warns:
         UncalibratedWarning: the preset visibly damages a model without calibration.
@@ -173,6 +175,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     if config.quantizer is None or config.quantizer.calibration == "none":
         check_calibration(config.preset, force=config.force, stacklevel=3)
     report = _ModelQuantizer(model, config).run()
+    group_linears(model)
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(model, modeling.PreTrainedModel):
         from loop_singular_bit.transformers_integration import attach_quantizer

@@ -57,6 +57,12 @@ def test_least_loss_of_all_choices_when_losses_are_convex(steps: list[list[float
     assert loss == pytest.approx(best)
 
 
+def test_points_on_a_straight_line_are_all_used() -> None:
+    gain = 2.1687416386286773
+    candidates = candidates_of([[2 * gain + 2.0, gain + 2.0, 2.0, 0.0]])
+    assert allocate(candidates, 2.0) == {"0": (2, 1)}
+
+
 def test_candidates_above_the_hull_are_passed_over() -> None:
     candidates = candidates_of([[10.0, 9.9, 0.0]])
     assert allocate(candidates, 2.0) == {"0": (1, 1)}
@@ -65,7 +71,9 @@ def test_candidates_above_the_hull_are_passed_over() -> None:
 
 
 def test_budget_that_cannot_be_met() -> None:
-    with pytest.raises(ValueError, match=r"0\.5 bits per weight cannot be met, the smallest layouts need 1\.000"):
+    with pytest.raises(
+        ValueError, match=r"0\.5 bits per weight cannot be met: the smallest layouts need 1\.000, the largest 1\.000"
+    ):
         allocate(candidates_of([[1.0]]), 0.5)
     with pytest.raises(ValueError, match="at least one"):
         allocate({}, 1.0)
