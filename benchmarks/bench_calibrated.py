@@ -54,7 +54,7 @@ ENLARGEMENT = 16
 EVALUATED_WINDOWS = 40
 WINDOW = 512
 SCALES = TuningOptions(steps=40, batch=2, sampled_windows=128)
-SIGNS = replace(SCALES, signs=True, steps=500, sampled_windows=384)
+SIGNS = replace(SCALES, signs=True, steps=700, sampled_windows=384)
 # As a model is tuned that does not fit: signs layer by layer, then scales by KL.
 LAYERS = replace(SCALES, signs=True, memory_gb=0.1)
 BOTH = replace(SIGNS, steps=300, layer_steps=40)

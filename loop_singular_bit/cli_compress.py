@@ -115,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tuning-steps", metavar="N", type=int, default=60, help="of 2048 tokens (default 60)")
     parser.add_argument(
+        "--tuning-layer-steps",
+        metavar="N",
+        type=int,
+        default=0,
+        help="first tune decoder layers one by one, so many steps each; the best start for signs (default 0: not)",
+    )
+    parser.add_argument(
         "--tuning-sampled-windows",
         metavar="N",
         type=int,
@@ -193,6 +200,7 @@ def _tuning_options(parsed: argparse.Namespace) -> TuningOptions | None:
     return TuningOptions(
         signs=parsed.tune == "signs",
         steps=parsed.tuning_steps,
+        layer_steps=parsed.tuning_layer_steps,
         sampled_windows=parsed.tuning_sampled_windows,
         memory_gb=parsed.tuning_memory_gb,
     )

@@ -13,7 +13,8 @@ import torch
 from source_checkpoints import hashed_files, llama_config, llama_tensors, write_llama, write_source
 
 from loop_singular_bit import cli_compress
-from loop_singular_bit.cli import main
+from loop_singular_bit.cli import build_parser, main
+from loop_singular_bit.quantization.tuning import TuningOptions
 
 RAM = ["--target-ram-mb", "4000"]  # the process of the tests holds more than a compression may
 
@@ -82,6 +83,13 @@ def test_options_reach_the_compressor(tmp_path: Path, capsys: pytest.CaptureFixt
     assert facts["machine"]["threads"] == 1
     assert facts["validation"]["storage"]["status"] == "pass"
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+
+
+def test_options_reach_the_tuning() -> None:
+    words = "compress SRC DST --calibration TEXT --tune signs --tuning-steps 7 --tuning-layer-steps 3"
+    words += " --tuning-sampled-windows 5 --tuning-memory-gb 1.5"
+    options = cli_compress._tuning_options(build_parser().parse_args(words.split()))
+    assert options == TuningOptions(signs=True, steps=7, layer_steps=3, sampled_windows=5, memory_gb=1.5)
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
