@@ -24,7 +24,7 @@ BENCHMARKS = {
     "activation_precision": ["benchmarks/bench_activation_precision.py"],
     "quantize": ["benchmarks/bench_quantize.py"],
     "presets": ["benchmarks/bench_presets.py"],
-    "sentence_embeddings": ["benchmarks/bench_sentence_embeddings.py"],
+    "sentence_embeddings": ["benchmarks/bench_sentence_embeddings.py", "--planes", "2", "3", "4", "--passages", "160"],
 }
 
 
