@@ -29,9 +29,10 @@ bench: build .venv/installed-test
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/release --target machine_limits
 	$(BIN)/python benchmarks/run_all.py
 
-# Calibrated quantization on the bundled model: what benchmarks/results lacks; a quarter of an hour for all of it.
+# Quality on the bundled model: of calibrated rows what benchmarks/results lacks (an hour for all), then all methods (15 minutes).
 bench-quality: build .venv/installed-test
 	$(BIN)/python benchmarks/bench_calibrated.py
+	$(BIN)/python benchmarks/bench_methods.py
 
 lint: .venv/installed .venv/installed-lint
 	$(BIN)/ruff check .
