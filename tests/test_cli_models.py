@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from loop_singular_bit.errors import CheckpointError
 from loop_singular_bit.plots import plot_report
 
 transformers = pytest.importorskip("transformers")
+from tiny_models import write_tiny_checkpoint  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BOOKS = EXAMPLES / "books-llama-7m"
@@ -28,15 +28,7 @@ HELD_OUT = sorted((EXAMPLES / "text/held_out").glob("*.txt"))
 def directories(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A tiny random model with the tokenizer of the bundled one, the same model packed, and a text."""
     base = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=4096, bos_token_id=0, eos_token_id=1, max_position_embeddings=64, tie_word_embeddings=True,
-        initializer_range=0.3,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base / "original")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BOOKS / name, base / "original")
+    write_tiny_checkpoint(base / "original")
     LoopCompressor(preset="b4", target_ram_mb=None).compress_model(base / "original", base / "packed")
     text = base / "text.txt"
     text.write_text(HELD_OUT[0].read_text(encoding="utf-8")[5000:7000], encoding="utf-8")

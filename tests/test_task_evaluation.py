@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,8 @@ from loop_singular_bit import LoopCompressor
 from loop_singular_bit.cli import EXIT_OK, EXIT_USAGE, main
 
 transformers = pytest.importorskip("transformers")
+from tiny_models import write_tiny_checkpoint  # noqa: E402
+
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'loop-singular-bit[eval]'")
 
 # b1 and b2 without calibration are what is wanted here: models that are damaged.
@@ -54,15 +55,7 @@ QUESTIONS = [
 def directories(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A tiny random model with the tokenizer of the bundled one, the same model packed, and two tasks."""
     base = tmp_path_factory.mktemp("tasks")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=4096, bos_token_id=0, eos_token_id=1, max_position_embeddings=64, tie_word_embeddings=True,
-        initializer_range=0.3,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base / "original")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BOOKS / name, base / "original")
+    write_tiny_checkpoint(base / "original")
     LoopCompressor(preset="b2", target_ram_mb=None).compress_model(base / "original", base / "packed")
     tasks = base / "definitions"
     tasks.mkdir()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +43,19 @@ def tiny_language_model(architecture: str, *, tied: bool, dtype: torch.dtype = t
     config = CONFIGS[architecture](**_SIZES, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     return with_random_vectors(model).eval()
+
+
+def write_tiny_checkpoint(directory: Path) -> None:
+    """A random one-layer Llama with the tokenizer of the bundled model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=4096, bos_token_id=0, eos_token_id=1, max_position_embeddings=64, tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(__file__).parents[1] / "examples" / "books-llama-7m" / name, directory)
 
 
 def tiny_encoder() -> BertModel:

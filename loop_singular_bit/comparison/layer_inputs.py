@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..quantization.layer_calls import decoder_layers, hidden_of
+
 
 class _Reached(Exception):
     """What was wanted from the model is known: the rest need not run."""
@@ -42,7 +44,9 @@ class LayerwiseRun:
     def __init__(self, model: nn.Module, windows: torch.Tensor, names: Collection[str]) -> None:
         self._model = model
         self._names = set(names)
-        modules = _layers_of(model)
+        modules = decoder_layers(model)
+        if not modules:
+            raise ValueError(f"model: expected a list of layers with linears inside, {type(model).__name__} has none")
         self.layers, self._groups = self._probe(windows[:1], modules)
         inside = {name for groups in self._groups.values() for group in groups for name in group}
         if outside := sorted(self._names - inside):
@@ -78,7 +82,7 @@ class LayerwiseRun:
 
     def advance(self, layer: DecoderLayer) -> None:
         """Takes the states of all windows through the next layer."""
-        self._states = [_hidden(layer.module(state, *layer.args, **layer.kwargs)) for state in self._states]
+        self._states = [hidden_of(layer.module(state, *layer.args, **layer.kwargs)) for state in self._states]
 
     def _probe(
         self, window: torch.Tensor, modules: Mapping[str, nn.Module]
@@ -120,7 +124,7 @@ class LayerwiseRun:
         ]
         outputs: list[torch.Tensor] = []
         handles += [
-            module.register_forward_hook(lambda _, __, output: outputs.append(_hidden(output)))
+            module.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output)))
             for module in modules.values()
         ]
         try:
@@ -152,22 +156,3 @@ class LayerwiseRun:
     def _call(self, window: torch.Tensor) -> None:
         device = next(self._model.parameters()).device
         self._model(input_ids=window.to(device), use_cache=False)
-
-
-def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The longest `nn.ModuleList` whose entries all hold linears, by name of its entries."""
-    best: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(best):
-            if all(any(isinstance(inner, nn.Linear) for inner in layer.modules()) for layer in module):
-                best = {f"{name}.{index}" if name else str(index): layer for index, layer in enumerate(module)}
-    if not best:
-        raise ValueError(f"model: expected a list of layers with linears inside, {type(model).__name__} has none")
-    return best
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
-    first: torch.Tensor = output[0]
-    return first
