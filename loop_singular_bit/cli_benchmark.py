@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .benchmark import BenchmarkProgress
@@ -84,12 +84,14 @@ class _ProgressBar:
     """The variant that is being measured and how many are done, on standard error."""
 
     def __init__(self, disable: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=0, unit=" variants", disable=disable, leave=False)
+        self._disable = disable
+        self._bar: Any = None
 
     def update(self, progress: BenchmarkProgress) -> None:
-        self._bar.total = progress.total
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=progress.total, unit=" variants", disable=self._disable, leave=False)
         self._bar.set_description(progress.description, refresh=False)
         self._bar.update(progress.done - self._bar.n)
         self._bar.refresh()
@@ -98,4 +100,5 @@ class _ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

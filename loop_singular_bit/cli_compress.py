@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .calibrated_compression import CalibrationStep
     from .compression_run import CompressionProgress
     from .quantization.tuning import TuningOptions
+    from .validation import QualityValidator
 
 HELP = "compress a checkpoint directory (config.json and safetensors files) or a model of the Hugging Face Hub"
 
@@ -78,8 +79,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality-threshold",
         metavar="PERCENT",
         type=float,
-        default=1.0,
-        help="with --evaluate-text: fail (exit code 5) when perplexity rises by more (default 1)",
+        help="with --evaluate-text: fail (exit code 5) when perplexity rises by more (default 1; any with one of the "
+        "next two)",
+    )
+    parser.add_argument(
+        "--max-kl-divergence",
+        metavar="NATS",
+        type=float,
+        help="with --evaluate-text: fail (exit code 5) when the mean KL divergence is above this",
+    )
+    parser.add_argument(
+        "--min-top1-agreement",
+        metavar="SHARE",
+        type=float,
+        help="with --evaluate-text: fail (exit code 5) when fewer first words agree, 0 to 1",
+    )
+    parser.add_argument(
+        "--max-relative-error",
+        metavar="ERROR",
+        type=float,
+        help="fail (exit code 5) when a packed weight is off by more of its Frobenius norm",
+    )
+    parser.add_argument(
+        "--max-output-error",
+        metavar="ERROR",
+        type=float,
+        help="with --calibration: fail (exit code 5) when a layer's outputs on the text are off by more of their norm",
     )
     parser.add_argument(
         "--calibration",
@@ -149,6 +174,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     if not parsed.calibration and (parsed.tune or parsed.error_compensation is not None):
         raise ValueError("--tune and --no-error-compensation need --calibration TEXT...")
+    validator = _validator(parsed)
     texts = [path.read_text(encoding="utf-8") for path in parsed.evaluate_text or ()]
     source = find_source(parsed.source)
 
@@ -158,7 +184,6 @@ def run(parsed: argparse.Namespace) -> int:
         outlier_ratio=parsed.outlier_ratio,
         target_ram_mb=None if parsed.calibration else parsed.target_ram_mb,
         target_storage_gb=parsed.target_storage_gb,
-        quality_threshold=parsed.quality_threshold,
         preset=parsed.preset,
         adaptive_precision=parsed.adaptive_precision,
         error_compensation=parsed.error_compensation,
@@ -168,6 +193,7 @@ def run(parsed: argparse.Namespace) -> int:
         quantize_embeddings=not parsed.keep_embeddings,
         max_shard_gb=parsed.max_shard_gb,
         force=parsed.force,
+        validator=validator,
     )
     calibration = _calibration_options(parsed) if parsed.calibration else {}
     with _Progress(disable=parsed.quiet) as progress:
@@ -196,6 +222,27 @@ def run(parsed: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return EXIT_QUALITY
+
+
+def _validator(parsed: argparse.Namespace) -> QualityValidator:
+    from .validation import QualityValidator
+
+    of_text = ("max_kl_divergence", "min_top1_agreement")
+    for name in of_text:
+        if getattr(parsed, name) is not None and not parsed.evaluate_text:
+            raise ValueError(f"--{name.replace('_', '-')} is about a text; name one with --evaluate-text FILE...")
+    if parsed.max_output_error is not None and not parsed.calibration:
+        raise ValueError("--max-output-error is about outputs on a text; name it with --calibration TEXT...")
+    threshold = parsed.quality_threshold
+    if threshold is None:
+        threshold = 1.0 if all(getattr(parsed, name) is None for name in of_text) else None
+    return QualityValidator(
+        threshold,
+        max_kl_divergence=parsed.max_kl_divergence,
+        min_top1_agreement=parsed.min_top1_agreement,
+        max_relative_error=parsed.max_relative_error,
+        max_output_error=parsed.max_output_error,
+    )
 
 
 def _tuning_options(parsed: argparse.Namespace) -> TuningOptions | None:

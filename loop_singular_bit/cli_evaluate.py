@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -137,11 +136,6 @@ def _evaluate_texts(
     from .validation import NOT_EVALUATED, QualityValidator
 
     is_judged = any(limit is not None for limit in limits.values())
-    # Who limits the divergence only does not limit the perplexity.
-    limits = {
-        **limits,
-        "quality_threshold": math.inf if limits["quality_threshold"] is None else parsed.quality_threshold,
-    }
     validator = QualityValidator(**limits)
     with _ProgressBar(disable=parsed.quiet) as progress:
         evaluation = evaluate_language_model(
@@ -155,7 +149,7 @@ def _evaluate_texts(
         )
     figures = validator.judge_model(evaluation)
     for name in limits:
-        if figures[name] is None or math.isinf(figures[name]):
+        if figures[name] is None:
             figures[name] = NOT_EVALUATED
     if not is_judged:
         figures["passed"] = NOT_EVALUATED

@@ -129,8 +129,8 @@ class LoopCompressor:
             )
 
     @property
-    def quality_threshold(self) -> float:
-        """The validator's: largest increase of perplexity in percent."""
+    def quality_threshold(self) -> float | None:
+        """The validator's: largest increase of perplexity in percent; None for any."""
         return self.validator.quality_threshold
 
     def compress_layer(self, weight: torch.Tensor, weight_name: str = "weight") -> dict[str, Any]:

@@ -59,7 +59,8 @@ class QualityValidator:
     Its verdicts decide `LoopCompressor.validate_compression`.
 
     Args:
-        quality_threshold: the largest increase of perplexity, in percent of the original's, at which a model passes.
+        quality_threshold: the largest increase of perplexity, in percent of the original's, at which a model passes;
+            None for any.
         max_kl_divergence: the largest mean KL divergence, in nats per token, at which a model passes; None for any.
         min_top1_agreement: the smallest share of equal first words, 0 to 1, at which a model passes; None for any.
         max_relative_error: of a weight (Frobenius), at which it passes; None: weights are measured and not judged.
@@ -74,14 +75,14 @@ class QualityValidator:
 
     def __init__(
         self,
-        quality_threshold: float = 1.0,
+        quality_threshold: float | None = 1.0,
         *,
         max_kl_divergence: float | None = None,
         min_top1_agreement: float | None = None,
         max_relative_error: float | None = None,
         max_output_error: float | None = None,
     ) -> None:
-        if not quality_threshold >= 0:
+        if quality_threshold is not None and not quality_threshold >= 0:
             raise ValueError(f"quality_threshold: expected a percentage of at least 0, got {quality_threshold}")
         if min_top1_agreement is not None and not 0 <= min_top1_agreement <= 1:
             raise ValueError(f"min_top1_agreement: expected 0 to 1, got {min_top1_agreement}")
@@ -92,7 +93,7 @@ class QualityValidator:
         ):
             if limit is not None and not limit >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {limit}")
-        self.quality_threshold = float(quality_threshold)
+        self.quality_threshold = None if quality_threshold is None else float(quality_threshold)
         self.max_kl_divergence = max_kl_divergence
         self.min_top1_agreement = min_top1_agreement
         self.max_relative_error = max_relative_error
@@ -268,10 +269,9 @@ class QualityValidator:
         ratio, divergence = evaluation.perplexity_ratio, evaluation.kl_divergence
         agreement = evaluation.top1_agreement
         criteria = []
-        if ratio is not None:
+        if ratio is not None and (limit := self.quality_threshold) is not None:
             increase = 100 * (ratio - 1)
-            passed = increase <= self.quality_threshold
-            criteria.append(Criterion(increase, self.quality_threshold, "percent increase of perplexity", passed))
+            criteria.append(Criterion(increase, limit, "percent increase of perplexity", increase <= limit))
         if divergence is not None and (limit := self.max_kl_divergence) is not None:
             criteria.append(Criterion(divergence, limit, "nats of KL divergence per token", divergence <= limit))
         if agreement is not None and (limit := self.min_top1_agreement) is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loop_singular_bit import LoopCompressor, QualityValidator
-from loop_singular_bit.cli import EXIT_QUALITY, main
+from loop_singular_bit.cli import EXIT_OK, EXIT_QUALITY, EXIT_USAGE, main
 from loop_singular_bit.language_model_evaluation import LanguageModelEvaluation
 
 transformers = pytest.importorskip("transformers")
@@ -125,3 +125,35 @@ def test_the_command_fails_on_a_bad_compression(inputs: SimpleNamespace, capsys:
     evaluated = capsys.readouterr()
     increase = float(evaluated.err.partition("quality target missed: ")[2].split()[0])
     assert code == EXIT_QUALITY and increase > 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "missed"),
+    [
+        (["--max-kl-divergence", "1e9"], None),  # perplexity is not judged then
+        (["--max-kl-divergence", "1e-9"], "quality target missed"),
+        (["--min-top1-agreement", "1"], "quality target missed"),
+        (["--max-kl-divergence", "1e9", "--quality-threshold", "1"], "percent increase of perplexity"),
+        (["--max-kl-divergence", "1e9", "--max-relative-error", "0.01"], "weights target missed"),
+    ],
+)
+def test_limits_of_the_command(
+    inputs: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], limits: list[str], missed: str | None
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(inputs.text, encoding="utf-8")
+    code = main(["compress", str(inputs.source), str(tmp_path / "packed"), "--preset", "b1", "--force",
+                 "--evaluate-text", str(text), "--target-ram-mb", "8000", *limits])  # fmt: skip
+    errors = capsys.readouterr().err
+    assert code == (EXIT_OK if missed is None else EXIT_QUALITY)
+    assert missed in errors if missed else "missed" not in errors
+
+
+def test_limits_of_the_command_need_what_they_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for limit, needed in (
+        ("--max-kl-divergence", "--evaluate-text"),
+        ("--min-top1-agreement", "--evaluate-text"),
+        ("--max-output-error", "--calibration"),
+    ):
+        assert main(["compress", "nowhere", str(tmp_path / "packed"), limit, "0.5"]) == EXIT_USAGE
+        assert needed in capsys.readouterr().err
