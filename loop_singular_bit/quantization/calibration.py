@@ -26,6 +26,7 @@ DEFAULT_WINDOW = 512
 DEFAULT_MAX_WINDOWS = 128
 _INDEX_FILE = "calibration.json"
 _ROWS_ADDED = 256
+_ROWS_STORED = 256  # in a block of a stored matrix
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,23 @@ def calibration_windows(
     return torch.tensor(windows, dtype=torch.int64)
 
 
+def _upper_rows(matrix: torch.Tensor) -> list[torch.Tensor]:
+    """Blocks of rows of a symmetric matrix, each from its first diagonal element on: half the bytes."""
+    return [matrix[row : row + _ROWS_STORED, row:].clone() for row in range(0, len(matrix), _ROWS_STORED)]
+
+
+def _symmetric_matrix(upper_rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    columns = upper_rows[0].shape[1]
+    matrix = torch.empty(columns, columns, dtype=upper_rows[0].dtype)
+    row = 0
+    for rows in upper_rows:
+        end = row + len(rows)
+        matrix[row:, row:end] = rows.T
+        matrix[row:end, row:] = rows
+        row = end
+    return matrix
+
+
 class StatisticsStore:
     """Second moments by name of linear, in a directory or, without one, in memory. What is in it survives a kill.
 
@@ -126,7 +144,7 @@ class StatisticsStore:
         if self.directory is None:
             return self._matrices[leader]
         stored = torch.load(self._path(leader), weights_only=True)
-        return InputStatistics(stored["hessian"], int(stored["tokens"]))
+        return InputStatistics(_symmetric_matrix(stored["upper_rows"]), int(stored["tokens"]))
 
     def leader(self, name: str) -> str:
         """The linear under whose name the matrix is stored: the same for all linears that share their input."""
@@ -139,7 +157,7 @@ class StatisticsStore:
         else:
             path = self._path(names[0])
             partial = path.with_suffix(".partial")
-            torch.save({"hessian": statistics.hessian, "tokens": statistics.tokens}, partial)
+            torch.save({"upper_rows": _upper_rows(statistics.hessian), "tokens": statistics.tokens}, partial)
             partial.replace(path)
         self._leaders.update(dict.fromkeys(names, names[0]))
         if self.directory is not None:
