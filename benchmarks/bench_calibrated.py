@@ -34,6 +34,7 @@ from quality_bars import BARS, best_bar  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from loop_singular_bit.calibration_texts import read_texts  # noqa: E402
+from loop_singular_bit.machine import processor_name  # noqa: E402
 from loop_singular_bit.ops import isa  # noqa: E402
 from loop_singular_bit.packed_weight import PackedLayout, PackedWeight  # noqa: E402
 from loop_singular_bit.quantization.allocation import allocate, measure_candidates  # noqa: E402
@@ -207,7 +208,7 @@ class Bench:
             **figures,
             "weights": weights,
             "date": datetime.date.today().isoformat(),
-            "machine": f"{processor()}, {isa()}",
+            "machine": f"{processor_name()}, {isa()}",
         }
 
     @torch.no_grad()
@@ -261,14 +262,6 @@ def bits(layouts: list[PackedLayout], enlargement: int = 1) -> float:
 
 def standard_error(values: torch.Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item()
-
-
-def processor() -> str:
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
-    )
-    values = {name.strip(): value.strip() for name, value in fields.items()}
-    return f"{values.get('model name', 'unknown')} family {values.get('cpu family')} model {values.get('model')}"
 
 
 def main() -> None:

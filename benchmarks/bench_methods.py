@@ -15,8 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run_all import processor  # noqa: E402
-
 from loop_singular_bit.benchmark import BenchmarkProgress, CompressionBenchmark  # noqa: E402
 from loop_singular_bit.comparison.report import comparison_markdown, save_comparison  # noqa: E402
 
@@ -48,7 +46,6 @@ def main() -> None:
         progress=show,
     )
     results["model"] = arguments.model.name
-    results["machine"]["processor"] = processor()
     save_comparison(results, arguments.output)
     print(comparison_markdown(results))
 

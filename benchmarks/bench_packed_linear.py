@@ -12,7 +12,8 @@ stand in for them, which reach less; the output says which was used. For one tok
 takes when its weight is in cache, as the difference between two small weights, so that the cost of a call drops out.
 F = max(stored bytes / bandwidth, that time / threads) is what a perfect kernel would take from memory.
 
-With --quick peers take part in one shape, and the tables of the others are left out: a minute and a half.
+Printed are two tables and the goals; benchmarks/results/packed_linear.md gets every table. With --quick peers take part
+in one shape at 1 and 128 tokens: a minute and a half.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 from linear_contenders import OPS, ROOT, Contender, Dense, Packed, our_contenders, peers, verify
+from measured_on import provenance
 
 MEBIBYTE = 1 << 20
 CYCLED_BYTES = 256 * MEBIBYTE
@@ -37,6 +39,7 @@ CACHED_BYTES = MEBIBYTE // 2
 ROUND_SECONDS = 0.012
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
 TOKENS = [1, 8, 32, 128, 512]
+PRINTED_TOKENS = (1, 128)
 BFLOAT16 = "F.linear bfloat16"
 
 
@@ -211,25 +214,25 @@ def call_overhead(rounds: int, summarize: Callable[[list[float]], float]) -> dic
 # ---- printing ----
 
 
-def print_table(table: Table) -> None:
+def table_lines(table: Table) -> list[str]:
     has_f = any("to_f" in row for row in table.rows.values())
-    print(f"\n**{table.title}**\n")
-    print(
-        "| | bits | ms | GB/s stored | of bandwidth | GMAC/s | of int8 peak | times bf16 |"
-        + (" to F |" if has_f else "")
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if has_f else ""))
+    lines = [
+        f"**{table.title}**",
+        "",
+        "| | bits | ms | GB/s stored | of bandwidth | GMAC/s | of int8 peak | times bf16 |" + " to F |" * has_f,
+        "|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|" * has_f,
+    ]
     for name, row in table.rows.items():
         bits = 8 * row["stored_bytes"] / (table.out_features * table.in_features)
         to_f = f" {row['to_f']:.2f} |" if "to_f" in row else " |" if has_f else ""
-        print(
+        lines.append(
             f"| {name} | {bits:.2f} | {row['ms']:.3f} | {row['gb_per_s']:.1f} | {row['bandwidth_share']:.0%} | "
             f"{row['gmac_per_s']:.0f} | {row['int8_share']:.0%} | {row['times_bf16']:.2f} |{to_f}"
         )
-    sys.stdout.flush()
+    return [*lines, ""]
 
 
-def print_goals(tables: list[Table], overhead: dict[str, float]) -> None:
+def goal_lines(tables: list[Table], overhead: dict[str, float]) -> list[str]:
     """Ratios that do not depend on the machine's mood, with what they should reach; b1 / b2 / b3 / b4 in each cell."""
     by_key = {(table.out_features, table.in_features, table.tokens, table.threads): table for table in tables}
     shapes = list(dict.fromkeys((table.out_features, table.in_features) for table in tables))
@@ -282,9 +285,12 @@ def print_goals(tables: list[Table], overhead: dict[str, float]) -> None:
         )
     goal(512, "512 tokens: times bf16, b2", "1.5", "2", lambda s, count: values(s, 512, count, "times_bf16", (2,)))
 
-    print("\n**Goals** (b1 / b2 / b3 / b4)\n")
-    print("| | goal | stretch | threads | " + " | ".join(f"{rows}x{columns}" for rows, columns in shapes) + " |")
-    print("|---|---:|---:|---:|" + "---|" * len(shapes))
+    lines = [
+        "**Goals** (b1 / b2 / b3 / b4)",
+        "",
+        "| | goal | stretch | threads | " + " | ".join(f"{rows}x{columns}" for rows, columns in shapes) + " |",
+        "|---|---:|---:|---:|" + "---|" * len(shapes),
+    ]
     for name, least, stretch, tokens, cell in goals:
         for threads in sorted({table.threads for table in tables}):
             cells = []
@@ -295,13 +301,13 @@ def print_goals(tables: list[Table], overhead: dict[str, float]) -> None:
                     if (*shape, tokens, threads) in by_key
                     else ""
                 )
-            print(f"| {name} | {least} | {stretch} | {threads} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {least} | {stretch} | {threads} | " + " | ".join(cells) + " |")
     ours, theirs = overhead["b2"], overhead[BFLOAT16]
-    print(
+    lines.append(
         f"| one call, 256x256: time / bf16 | ≤ 1.3 | | | {ours / theirs:.2f} ({ours:.1f} µs) |"
         + " |" * (len(shapes) - 1)
     )
-    sys.stdout.flush()
+    return [*lines, ""]
 
 
 def plot_roofline(tables: list[Table], path: Path) -> None:
@@ -343,6 +349,13 @@ def main() -> None:
     parser.add_argument("--statistic", choices=("median", "min"), default="median")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures here")
     parser.add_argument(
+        "--report",
+        type=Path,
+        default=ROOT / "benchmarks/results/packed_linear.md",
+        metavar="FILE.md",
+        help="where every table goes",
+    )
+    parser.add_argument(
         "--roofline",
         type=Path,
         default=ROOT / "benchmarks/results/packed_linear_roofline.png",
@@ -359,26 +372,31 @@ def main() -> None:
     tables: list[Table] = []
     with torch.inference_mode():
         largest = verify(arguments.precision, threads[-1])
-        print(
+        protocol = (
             f"Instruction set {OPS.isa()}, activations {arguments.precision}, 1 % outliers; limits from "
             f"{limits.source}; {arguments.statistic} of {rounds} rounds"
             f"{', from 128 tokens up of 4' * arguments.quick}; "
             f"all results verified (largest relative error {largest:.4f})."
         )
+        print(f"{protocol}\n")
         for shape in SHAPES:
             ours = our_contenders(shape, arguments.precision, CYCLED_BYTES)
             others = peers(shape, CYCLED_BYTES) if not arguments.quick or shape == SHAPES[0] else []
             for tokens in TOKENS:
-                with_peers = others if not arguments.quick or tokens in (1, 128) else []
+                with_peers = others if not arguments.quick or tokens in PRINTED_TOKENS else []
                 few = arguments.quick and tokens >= 128
                 for count in threads:
                     table = measure([*ours, *with_peers], limits, tokens, count, 4 if few else rounds, summarize)
                     tables.append(table)
-                    if with_peers:
-                        print_table(table)
+                    if shape == SHAPES[0] and tokens in PRINTED_TOKENS and count == threads[-1]:
+                        print("\n".join(table_lines(table)), flush=True)
         torch.set_num_threads(threads[-1])
         overhead = call_overhead(4 * rounds, summarize)
-    print_goals(tables, overhead)
+    goals = goal_lines(tables, overhead)
+    print("\n".join(goals), flush=True)
+    command = " ".join(["python benchmarks/bench_packed_linear.py", *sys.argv[1:]])
+    every_table = [line for table in tables for line in table_lines(table)]
+    arguments.report.write_text("\n".join([provenance(command), "", protocol, "", *goals, *every_table]))
     if arguments.json:
         report = {"tables": [vars(table) for table in tables], "call_overhead_us": overhead}
         arguments.json.write_text(json.dumps(report, indent=1))

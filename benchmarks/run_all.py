@@ -8,13 +8,12 @@ Each benchmark prints a Markdown table on standard output; this script adds the 
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from measured_on import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -28,27 +27,12 @@ BENCHMARKS = {
 }
 
 
-def processor() -> str:
-    """Model name, and for AMD's anonymous cloud names the family and model that tell the generation."""
-    fields: dict[str, str] = {}
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in fields:
-        name += f" (family {fields['cpu family']}, model {fields['model']})"
-    return name
-
-
 def section(name: str, command: list[str]) -> str:
     shown = "python " + " ".join(command)
     print(f"\n$ {shown}", flush=True)
     result = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     print(result.stdout, flush=True)
-    today = datetime.date.today().isoformat()
-    note = f"`{shown}`, {today}, {processor()}, {os.cpu_count()} cores."
-    return f"{note}\n\n{result.stdout.strip()}"
+    return f"{provenance(shown)}\n\n{result.stdout.strip()}"
 
 
 def replace_section(text: str, name: str, body: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from .comparison.methods import CalibrationInputs, Variant, find_variants
 from .comparison.report import save_comparison
 from .comparison.written_text import write_text
 from .language_model_evaluation import NOT_EVALUATED, evaluate_language_model
+from .machine import processor_name
 from .quantization.calibration import calibration_windows
 from .quantization.weight_errors import WeightErrors
 
@@ -167,7 +167,7 @@ class CompressionBenchmark:
                 "weights": sum(linear.weight.numel() for linear in linears.values()),
             },
             "versions": {"loop_singular_bit": __version__, "torch": torch.__version__, "transformers": transformers},
-            "machine": {"processor": platform.machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+            "machine": {"processor": processor_name(), "isa": ops.isa(), "threads": torch.get_num_threads()},
             "date": time.strftime("%Y-%m-%d"),
         }
         if output_directory is not None:

@@ -6,14 +6,15 @@ import argparse
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from .machine import memory_mb, processor_facts, processor_name, usable_cpus
 
 HELP = "versions, instruction sets, threads and memory, for reports of problems"
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy")
 _RELEVANT_FLAGS = (
-    "f16c fma avx2 avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_vbmi avx512_bf16 amx_tile amx_int8 "
+    "f16c fma avx2 avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512vbmi avx512_bf16 amx_tile amx_int8 "
     "asimd asimddp i8mm sve"
 ).split()
 
@@ -55,34 +56,15 @@ def environment() -> dict[str, Any]:
     except (ImportError, RuntimeError, ValueError) as error:
         facts["isa"], facts["supported_isas"] = f"not available: {error}", []
     facts["isa_forced"] = os.environ.get("LOOP_SINGULAR_BIT_ISA")
-    cpu = _key_values(Path("/proc/cpuinfo"))
-    flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
-    memory = _key_values(Path("/proc/meminfo"))
+    processor = processor_facts()
+    flags = set((processor.get("flags") or processor.get("Features") or "").split())
     facts |= {
         "platform": platform.platform(),
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "cpu_flags": [flag for flag in _RELEVANT_FLAGS if flag in flags],
-        "cpus": _usable_cpus(),
+        "cpus": usable_cpus(),
         "torch_threads": torch.get_num_threads(),
-        "ram_mb": _kilobytes(memory.get("MemTotal")),
-        "ram_available_mb": _kilobytes(memory.get("MemAvailable")),
+        "ram_mb": memory_mb("MemTotal"),
+        "ram_available_mb": memory_mb("MemAvailable"),
     }
     return facts
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _key_values(path: Path) -> dict[str, str]:
-    """The first value of each key in a file of `key : value` lines; empty where there is no such file."""
-    values: dict[str, str] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            values.setdefault(key.strip(), value.strip())
-    return values
-
-
-def _kilobytes(value: str | None) -> int | None:
-    return None if value is None else int(value.split()[0]) * 1024 // 10**6

@@ -30,6 +30,7 @@ from .compression_output import (
 from .compression_plan import CompressionPlan, KeptTensor, PackedModule, Unit, plan_compression
 from .error_meter import ErrorMeter
 from .errors import CheckpointError
+from .machine import processor_name
 from .memory_budget import MemoryBudget, forget_earlier_peak, peak_resident_mb
 from .model_card import model_card
 from .packed_weight import FORMAT_VERSION, ROWS_PER_TILE, PackedWeight
@@ -524,7 +525,7 @@ class CompressionRun:
                 "python": platform.python_version(),
             },
             "machine": {
-                "processor": _processor_name(),
+                "processor": processor_name(),
                 "cores": os.cpu_count(),
                 "threads": self._settings.threads or torch.get_num_threads(),
                 "isa": ops.isa(),
@@ -567,11 +568,3 @@ def _layer_result(module: PackedModule, record: Mapping[str, Any]) -> dict[str, 
 def _bits_per_weight(modules: Sequence[PackedModule]) -> float | None:
     weights = sum(module.layout.out_features * module.layout.in_features for module in modules)
     return 8 * sum(module.nbytes for module in modules) / weights if weights else None
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

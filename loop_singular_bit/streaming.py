@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from typing import Any
 from . import runtime_library
 from .errors import CheckpointError, MemoryBudgetExceeded
 from .local_models import list_models, resolve_model, weight_files
+from .machine import processor_name
 from .text_tokenizer import StopWatcher, TextTokenizer
 
 __all__ = ["StreamingManager", "get_system_info", "list_models", "load_compressed_model"]
@@ -281,7 +281,7 @@ def get_system_info(model_path: str | os.PathLike[str] | None = None) -> dict[st
     """
     facts = runtime_library.system()
     info: dict[str, Any] = {
-        "cpu": _processor_name(),
+        "cpu": processor_name(),
         "isa": facts["isa"],
         "supported_isas": facts["supported_isas"],
         "threads": facts["threads"],
@@ -370,13 +370,3 @@ def _verify_checksums(directory: Path) -> None:
             raise CheckpointError(
                 f"{file}: expected the SHA-256 {known.get(file.name)} of {_CHECKSUM_FILE}, got {digest.hexdigest()}"
             )
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
