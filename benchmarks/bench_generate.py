@@ -10,8 +10,8 @@ measured next to each line: reading memory with the threads of the run, int8 pro
 (libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and, before and after, reading the file past the page
 cache. `--realtime` runs what is timed with real-time priority, for machines that others use (needs root).
 
-`--transformers` measures Transformers in bfloat16 on the same shapes; of more than 4 GB it takes two and six layers
-and extends the line through both to all of them: the whole model rarely fits beside other work.
+`--transformers` measures Transformers in bfloat16 on the same shapes. Where the memory that is free is not enough for
+all layers, it takes two and six of them and extends the line through both: the row says "extrapolated".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _READ_BYTES = 4 << 30
 _ROUNDS = 8
 _FIRST_PROMPT_TOKENS = 16
 _TRANSFORMERS_LAYERS = (2, 6)
-_WHOLE_MODEL_BYTES = 4_000_000_000
+_MEMORY_SHARE = 0.8  # of what is free, for a whole model
 
 
 def main() -> None:
@@ -222,14 +222,16 @@ def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from loop_singular_bit.machine import memory_mb
+
     torch.set_num_threads(options["threads"])
     use_realtime(options["realtime"])
     config = AutoConfig.from_pretrained(options["model"])
     del config.quantization_config
     layers = config.num_hidden_layers
     measured: list[tuple[float, float, int]] = []
-    is_small = 2 * packed_weights(Path(options["model"])) < _WHOLE_MODEL_BYTES
-    counts = [layers] if is_small else [min(count, layers) for count in _TRANSFORMERS_LAYERS]
+    fits = bfloat16_bytes(Path(options["model"])) < _MEMORY_SHARE * 1e6 * (memory_mb("MemAvailable") or 0)
+    counts = [layers] if fits else [min(count, layers) for count in _TRANSFORMERS_LAYERS]
     for count in counts:
         config.num_hidden_layers = count
         with torch.device("meta"):
@@ -255,6 +257,7 @@ def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
         "peak_resident_bytes": None,
         "plan": {"weight_bytes": nbytes, "lines": []},
         "weights": packed_weights(Path(options["model"])),
+        "extrapolated": not fits,
     }
 
 
@@ -283,6 +286,12 @@ def packed_weights(directory: Path) -> int:
     return sum(entry["out_features"] * entry["in_features"] for name, entry in modules.items() if ".layers." in name)
 
 
+def bfloat16_bytes(directory: Path) -> int:
+    """Of all packed modules, unpacked."""
+    modules = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"]
+    return 2 * sum(entry["out_features"] * entry["in_features"] for entry in modules.values())
+
+
 def drop_from_cache(files: list[Path]) -> None:
     for path in files:
         with path.open("rb") as file:
@@ -305,6 +314,7 @@ def table(results: list[dict[str, Any]]) -> str:
         passes = f" ({first * result['disk_rate'] / weight_bytes:.2f})" if read else ""
         peak = result["peak_resident_bytes"]
         kind = "Transformers, bfloat16" if result["kind"] == "transformers" else result["kind"]
+        kind += ", extrapolated" * result.get("extrapolated", False)
         cells = [
             kind,
             "-" if first is None else f"{first:.2f}{passes}",
