@@ -56,7 +56,8 @@ class MachineLimits:
             self.library.loop_singular_bit_read_memory.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
             self.library.loop_singular_bit_spin_int8_products.argtypes = [ctypes.c_int64, ctypes.c_int32]
             self.library.loop_singular_bit_spin_int8_products.restype = ctypes.c_int64
-        self.data = torch.ones(LIMIT_BYTES // 8, dtype=torch.int64)
+        # Where packed weights are too: pages of 4 KiB are read a sixth slower.
+        (self.data,) = OPS.copy_to_huge_pages([torch.ones(LIMIT_BYTES // 8, dtype=torch.int64)])
         self.square = torch.ones(1024, 1024, dtype=torch.int8)
 
     @property

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import loop_singular_bit.ops  # noqa: E402, F401  (loads the operators)
+from loop_singular_bit import PackedLinear, PackedWeight, move_to_huge_pages  # noqa: E402
 
 OPS = torch.ops.loop_singular_bit
 # Plane scales in units of the format's grid.
@@ -124,6 +125,17 @@ class Packed(_Cycled):
             torch.full((tiles, 32), 2**-10, dtype=torch.float16),
             (0.5 + torch.rand(self.in_features)).half(),
         )
+
+    def make(self, cycled_bytes: int) -> None:
+        super().make(cycled_bytes)
+        shape = (self.out_features, self.in_features)
+        # The memory in which `quantize_model` and `from_pretrained` leave the weights of a model.
+        model = nn.ModuleList(
+            PackedLinear.from_packed_weight(PackedWeight(*tensors[:5], *shape, tensors[5])) for tensors in self.weights
+        )
+        self.weights.clear()
+        move_to_huge_pages(model)
+        self.weights = [linear.packed_weight.op_tensors()[:6] for linear in model]
 
     def multiply(self, input: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
         return OPS.packed_linear(input, *weight, None, None, self.out_features, activation_precision=self.precision)

@@ -30,6 +30,7 @@ _HOMES = {
     "get_system_info": "streaming",
     "list_models": "local_models",
     "load_compressed_model": "streaming",
+    "move_to_huge_pages": "huge_pages",
     "quantize_model": "quantization.quantize_model",
     "quantize_weight": "quantization.quantize_weight",
 }
@@ -39,6 +40,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from loop_singular_bit.benchmark import CompressionBenchmark as CompressionBenchmark
     from loop_singular_bit.compressor import LoopCompressor as LoopCompressor
+    from loop_singular_bit.huge_pages import move_to_huge_pages as move_to_huge_pages
     from loop_singular_bit.language_model_evaluation import evaluate_language_model as evaluate_language_model
     from loop_singular_bit.local_models import list_models as list_models
     from loop_singular_bit.packed_linear import PackedEmbedding as PackedEmbedding

@@ -272,6 +272,22 @@ def group_tensors(
     return [torch.empty(0) if tensor is None else tensor for tensor in tensors]
 
 
+def copy_to_huge_pages(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous copies of CPU tensors, one behind the other in memory that is backed by pages of 2 MiB.
+
+    Every copy is a tensor with a storage of its own, which can be saved, pickled and shared like any other; the memory
+    is freed with the last of them. Where the kernel has no huge pages (`/sys/kernel/mm/transparent_hugepage/enabled`
+    says `never`) it is ordinary memory. For whole models see `huge_pages.move_to_huge_pages`.
+
+    Raises:
+        ValueError: an empty list.
+        RuntimeError: there is no memory for them.
+    """
+    if len(tensors) == 0:
+        raise ValueError("tensors: expected at least one, got an empty list")
+    return _ops.copy_to_huge_pages(tensors)
+
+
 def _takes_the_dispatcher() -> bool:
     """Gradients are registered from Python, which costs every call 15 µs, those without a gradient too.
 
@@ -434,6 +450,11 @@ def _(
         signs, _, outlier_columns, *_ = weights[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
         _check_packed(signs, outlier_columns, rows, input.shape[-1])
     return [input.new_empty((*input.shape[:-1], rows)) for rows in out_features]
+
+
+@torch.library.register_fake("loop_singular_bit::copy_to_huge_pages")
+def _(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in tensors]
 
 
 def _packed_linear_setup_context(

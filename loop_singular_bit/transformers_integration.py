@@ -361,6 +361,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
     # ---- after loading ----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from .huge_pages import move_to_huge_pages
         from .linear_groups import group_linears
 
         if self._failure is not None:
@@ -379,6 +380,7 @@ class LoopSingularBitQuantizer(HfQuantizer):
                 _check_loaded(name, module)
             _describe(model, self.quantization_config)
             self._plan = _Plan()
+            move_to_huge_pages(model)
             return
         missing = [name for name, tensor in _state(model) if not getattr(tensor, "_is_hf_initialized", False)]
         packed_prefixes = tuple(f"{name}." for name in packed_modules)
@@ -392,6 +394,8 @@ class LoopSingularBitQuantizer(HfQuantizer):
             )
         for name, module in packed_modules.items():
             _check_loaded(name, module)
+        # The last: what the loader has marked as loaded are the tensors of the checkpoint.
+        move_to_huge_pages(model)
 
     # ---- saving and properties --------------------------------------------------------------------------------------
 

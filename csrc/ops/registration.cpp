@@ -55,6 +55,9 @@ TORCH_LIBRARY(loop_singular_bit, m) {
       "packed_linear_group(Tensor input, Tensor[] weights, int[] out_features, *, str activation_precision='int8') "
       "-> Tensor[]");
 
+  // Memory.
+  m.def("copy_to_huge_pages(Tensor[] tensors) -> Tensor[]");
+
   // Instruction sets.
   m.def("isa() -> str", &loop_singular_bit::isa);
   m.def("supported_isas() -> str[]", &loop_singular_bit::supported_isas);

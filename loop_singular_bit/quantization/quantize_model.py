@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from loop_singular_bit import ops
+from loop_singular_bit.huge_pages import move_to_huge_pages
 from loop_singular_bit.linear_groups import group_linears
 from loop_singular_bit.packed_linear import PackedEmbedding, PackedLinear
 from loop_singular_bit.packed_weight import PackedWeight
@@ -157,7 +158,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     Any `nn.Module` with `nn.Linear`s inside works. A weight that an embedding and an output head share is packed once
     and stays shared. Norms, biases, convolutions and everything else keep their values. The dense weights are freed as
     soon as nothing else refers to them. Linears of Transformers models that take the same input run in one call (see
-    `linear_groups`).
+    `linear_groups`); packed tensors lie on huge pages (see `huge_pages`).
 
     Warns:
         UncalibratedWarning: the preset visibly damages a model without calibration.
@@ -175,6 +176,7 @@ def quantize_model(model: nn.Module, config: QuantizationConfig | None = None) -
     if config.quantizer is None or config.quantizer.calibration == "none":
         check_calibration(config.preset, force=config.force, stacklevel=3)
     report = _ModelQuantizer(model, config).run()
+    move_to_huge_pages(model)
     group_linears(model)
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and isinstance(model, modeling.PreTrainedModel):
