@@ -208,6 +208,21 @@ def test_sharded_checkpoint(packed_directory: Callable[[str, bool], Path], tmp_p
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+def test_loaded_models_have_their_packed_tensors_on_huge_pages(
+    packed_directory: Callable[[str, bool], Path], dense_directory: Callable[[str, bool], Path]
+) -> None:
+    packed = AutoModelForCausalLM.from_pretrained(packed_directory("llama", False))
+    quantized = AutoModelForCausalLM.from_pretrained(dense_directory("llama", False), quantization_config=B4)
+    for model in (packed, quantized):
+        modules = [module for module in model.modules() if isinstance(module, (PackedEmbedding, PackedLinear))]
+        tensors = [tensor for module in modules for tensor in module.buffers(recurse=False)]
+        expected = tensors[0].data_ptr()
+        assert expected % (2 << 20) == 0
+        for tensor in tensors:
+            assert tensor.data_ptr() == expected
+            expected += -(-tensor.nbytes // 64) * 64
+
+
 def test_base_model_of_a_packed_language_model(packed_directory: Callable[[str, bool], Path]) -> None:
     directory = packed_directory("llama", False)
     whole = AutoModelForCausalLM.from_pretrained(directory)
