@@ -179,6 +179,17 @@ def test_what_is_not_in_memory_stays_and_short_memory_moves_nothing(monkeypatch:
     assert pointers(whole) == before
 
 
+def test_available_memory_is_that_of_the_control_group_where_it_is_less(tmp_path: Path) -> None:
+    machine = huge_pages._available_bytes(tmp_path)
+    assert 1 << 26 < machine < 1 << 50
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\nfile 300000\nfile_mapped 7\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert huge_pages._available_bytes(tmp_path) > 1 << 26
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert huge_pages._available_bytes(tmp_path) == 600000
+
+
 def test_quantize_model_leaves_its_result_there() -> None:
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
     quantize_model(model, QuantizationConfig(preset="b4"))
