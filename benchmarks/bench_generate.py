@@ -222,7 +222,7 @@ def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loop_singular_bit.machine import memory_mb
+    from loop_singular_bit.machine import available_memory_bytes
 
     torch.set_num_threads(options["threads"])
     use_realtime(options["realtime"])
@@ -230,7 +230,7 @@ def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
     del config.quantization_config
     layers = config.num_hidden_layers
     measured: list[tuple[float, float, int]] = []
-    fits = bfloat16_bytes(Path(options["model"])) < _MEMORY_SHARE * 1e6 * (memory_mb("MemAvailable") or 0)
+    fits = bfloat16_bytes(Path(options["model"])) < _MEMORY_SHARE * (available_memory_bytes() or 0)
     counts = [layers] if fits else [min(count, layers) for count in _TRANSFORMERS_LAYERS]
     for count in counts:
         config.num_hidden_layers = count

@@ -8,7 +8,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from .machine import memory_mb, processor_facts, processor_name, usable_cpus
+from .machine import available_memory_bytes, memory_bytes, processor_facts, processor_name, usable_cpus
 
 HELP = "versions, instruction sets, threads and memory, for reports of problems"
 
@@ -64,7 +64,11 @@ def environment() -> dict[str, Any]:
         "cpu_flags": [flag for flag in _RELEVANT_FLAGS if flag in flags],
         "cpus": usable_cpus(),
         "torch_threads": torch.get_num_threads(),
-        "ram_mb": memory_mb("MemTotal"),
-        "ram_available_mb": memory_mb("MemAvailable"),
+        "ram_mb": _megabytes(memory_bytes()),
+        "ram_available_mb": _megabytes(available_memory_bytes()),
     }
     return facts
+
+
+def _megabytes(value: int | None) -> int | None:
+    return None if value is None else value // 10**6

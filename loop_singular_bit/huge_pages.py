@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from . import ops
+from .machine import available_memory_bytes
 from .packed_linear import _PackedModule
 from .packed_weight import TENSOR_NAMES
 
@@ -27,15 +27,17 @@ def move_to_huge_pages(model: nn.Module) -> int:
     later are on ordinary pages until it is called again.
 
     The tensors are moved a batch at a time, so that memory grows by 64 MiB (or one large weight) on the way. Weights
-    that were mapped from a file, as `from_pretrained` does, become memory of the process. Nothing is moved when the
-    packed tensors take more than half of the memory that is available; tensors on other devices stay where they are.
+    that were mapped from a file, as `from_pretrained` does, become memory of the process; the pages of the file are
+    page cache, which counts as resident until its last tensor is gone, and which the kernel takes when it needs memory.
+    Nothing is moved when the packed tensors take more than half of the memory that is available; tensors on other
+    devices stay where they are.
 
     Returns:
         The bytes that were moved.
     """
     places = _places(model)
     total = sum(tensor.nbytes for tensor, _ in places)
-    if total > _available_bytes() // 2:
+    if total > (available_memory_bytes() or 0) // 2:
         return 0
     places.reverse()
     while places:
@@ -70,24 +72,6 @@ def _move_batch(places: list[_Place]) -> None:
     for copy, (_, users) in zip(copies, batch, strict=True):
         for module, name in users:
             module._buffers[name] = copy
-
-
-def _available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Of the machine, or of the control group that limits this process."""
-    available = _number_after("MemAvailable:", Path("/proc/meminfo")) * 1024
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = _number_after("file", group / "memory.stat")
-    except (OSError, ValueError):  # no such files, or a limit of "max"
-        return available
-    return min(available, limit - used + cached)
-
-
-def _number_after(key: str, path: Path) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{key} "):
-            return int(line.split()[1])
-    return 0
 
 
 def _give_back_freed_memory() -> None:

@@ -19,15 +19,31 @@ def processor_facts() -> dict[str, str]:
     return _key_values(Path("/proc/cpuinfo"))
 
 
-def memory_mb(key: str) -> int | None:
-    """A line of /proc/meminfo, such as MemAvailable, in units of 10^6 bytes; None where there is none."""
-    value = _key_values(Path("/proc/meminfo")).get(key)
-    return None if value is None else int(value.split()[0]) * 1024 // 10**6
+def memory_bytes() -> int | None:
+    """All of the machine's; None where nobody says."""
+    return _memory_line("MemTotal")
+
+
+def available_memory_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the machine, or the control group that limits this process, has left; None where nobody says."""
+    available = _memory_line("MemAvailable")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such files, or a limit of "max"
+        return available
+    left = limit - used + int(statistics["file"])
+    return left if available is None else min(available, left)
 
 
 def usable_cpus() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_line(key: str) -> int | None:
+    value = _key_values(Path("/proc/meminfo")).get(key)
+    return None if value is None else int(value.split()[0]) * 1024
 
 
 def _key_values(path: Path) -> dict[str, str]:

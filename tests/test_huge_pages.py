@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from loop_singular_bit import PackedEmbedding, PackedLinear, QuantizationConfig, huge_pages, ops, quantize_model
 from loop_singular_bit.huge_pages import move_to_huge_pages
+from loop_singular_bit.machine import available_memory_bytes
 
 HUGE_PAGE = 2 << 20
 
@@ -174,20 +175,20 @@ def test_what_is_not_in_memory_stays_and_short_memory_moves_nothing(monkeypatch:
     assert model[0].signs.is_meta  # type: ignore[union-attr]
     whole = Model()
     before = pointers(whole)
-    monkeypatch.setattr(huge_pages, "_available_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(huge_pages, "available_memory_bytes", lambda: 1 << 16)
     assert move_to_huge_pages(whole) == 0
     assert pointers(whole) == before
 
 
 def test_available_memory_is_that_of_the_control_group_where_it_is_less(tmp_path: Path) -> None:
-    machine = huge_pages._available_bytes(tmp_path)
+    machine = available_memory_bytes(tmp_path)
     assert 1 << 26 < machine < 1 << 50
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 1\nfile 300000\nfile_mapped 7\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert huge_pages._available_bytes(tmp_path) > 1 << 26
+    assert available_memory_bytes(tmp_path) > 1 << 26
     (tmp_path / "memory.max").write_text("1000000\n")
-    assert huge_pages._available_bytes(tmp_path) == 600000
+    assert available_memory_bytes(tmp_path) == 600000
 
 
 def test_quantize_model_leaves_its_result_there() -> None:
@@ -206,6 +207,7 @@ import torch
 from torch import nn
 from loop_singular_bit import PackedLayout, PackedLinear
 from loop_singular_bit.huge_pages import move_to_huge_pages
+from loop_singular_bit.machine import available_memory_bytes
 from loop_singular_bit.memory_budget import forget_earlier_peak, peak_resident_mb, resident_mb
 
 def linear(rows):
