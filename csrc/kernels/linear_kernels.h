@@ -4,7 +4,8 @@
 //   prefill  many tokens: a row tile is expanded once and used for all of them (gemm), bound by multiplications
 //
 // Either way the activations are prepared once for a call and then read by all row tiles. Preparing them looks at
-// in_features and column_scales of the weight only: they serve every weight that has the same. Every output element is
+// in_features and column_scales of the weight, and at whether it has one plane: they serve every weight that has the
+// same. Every output element is
 // computed by one thread in one order: results do not depend on how row tiles are split.
 #pragma once
 

@@ -114,7 +114,8 @@ struct Product {
   PackedWeightView weight;
   LinearOutput output;
   at::Tensor bias;  // owns what `output.bias` points to
-  // Activations are prepared for the column scales of a weight: once for all products with the same set.
+  // Activations are prepared for the column scales of a weight, and for one plane or more: once for all products with
+  // the same set.
   int64_t activation_set;
 };
 
@@ -126,11 +127,16 @@ bool have_equal_column_scales(const PackedWeightView& a, const PackedWeightView&
   return std::memcmp(a.column_scales, b.column_scales, static_cast<size_t>(a.in_features) * sizeof(uint16_t)) == 0;
 }
 
+// What a kernel prepares serves both.
+bool share_activations(const PackedWeightView& a, const PackedWeightView& b) {
+  return (a.planes == 1) == (b.planes == 1) && have_equal_column_scales(a, b);
+}
+
 // Returns the number of sets.
 int64_t assign_activation_sets(std::span<Product> products) {
   int64_t sets = 0;
   for (size_t i = 0; i < products.size(); ++i) {
-    const auto fits = [&](const Product& other) { return have_equal_column_scales(other.weight, products[i].weight); };
+    const auto fits = [&](const Product& other) { return share_activations(other.weight, products[i].weight); };
     const auto earlier = std::find_if(products.begin(), products.begin() + static_cast<std::ptrdiff_t>(i), fits);
     const bool is_new = earlier == products.begin() + static_cast<std::ptrdiff_t>(i);
     products[i].activation_set = is_new ? sets++ : earlier->activation_set;

@@ -1,11 +1,13 @@
 // Prefill with AVX-512 VNNI: for every row tile the products of all tokens' codes with the levels of the planes
-// (isa/avx512vnni_gemm_product.h), its outliers (isa/avx512vnni_gemm_outliers.h), and what makes outputs of them.
+// (isa/avx512vnni_gemm_product.h) or with one plane (isa/avx512vnni_gemm_lookup.h), its outliers
+// (isa/avx512vnni_gemm_outliers.h), and what makes outputs of them.
 #pragma once
 
 #include <immintrin.h>
 
 #include "generic/prefill_levels.h"
 #include "isa/avx512vnni_gemm_exact.h"
+#include "isa/avx512vnni_gemm_lookup.h"
 #include "isa/avx512vnni_gemm_outliers.h"
 #include "isa/avx512vnni_gemm_product.h"
 #include "isa/avx512vnni_prefill_activations.h"
@@ -16,7 +18,7 @@ namespace avx512vnni {
 
 // What one thread needs for a tile.
 struct PrefillScratch {
-  uint8_t* expanded;          // [words, 8, 32, 4]
+  uint8_t* expanded;          // [words, 8, 32, 4]; or the signs of the tile, to look up
   float* outlier_sums;        // [kSlabVectors, 32]
   float* partial;             // [vectors, 32]: planes so far, when they go one by one
   int32_t* delta_sums;        // [32]
@@ -26,7 +28,7 @@ struct PrefillScratch {
   int64_t bytes;
 };
 
-inline PrefillScratch prefill_scratch(const PackedWeightView& weight, int64_t vectors, void* memory) {
+inline PrefillScratch prefill_scratch(const PackedWeightView& weight, int64_t vectors, bool looks_up, void* memory) {
   char* base = static_cast<char*>(memory);
   PrefillScratch scratch;
   int64_t offset = 0;
@@ -35,7 +37,8 @@ inline PrefillScratch prefill_scratch(const PackedWeightView& weight, int64_t ve
     offset += align_bytes(bytes);
     return begin;
   };
-  scratch.expanded = reinterpret_cast<uint8_t*>(take(weight.words * kExpandedWordBytes));
+  scratch.expanded = reinterpret_cast<uint8_t*>(
+      take(looks_up ? lookup_sign_bytes(weight.in_features) : weight.words * kExpandedWordBytes));
   scratch.outlier_sums = reinterpret_cast<float*>(take(kSlabVectors * kRowsPerTile * 4));
   scratch.partial = reinterpret_cast<float*>(take(vectors * kRowsPerTile * 4));
   scratch.delta_sums = reinterpret_cast<int32_t*>(take(kRowsPerTile * 4));
@@ -53,13 +56,38 @@ struct PlaneRun {
   bool is_first_tile, has_next_tile;
 };
 
+// Vectors of whole slabs, but for the last.
+struct VectorRange {
+  int64_t begin, end;
+  int64_t halves;
+};
+
+// As multiply_block(), for both halves of a tile.
+inline void look_up_tile(const PrefillLayout& layout, const char* slab, const Block& block, int64_t index,
+                         const uint8_t* signs, const int32_t* next_tile_signs, __m512i (*products)[2]) {
+  LookupBlock half_tile;
+  half_tile.tables = reinterpret_cast<const uint8_t*>(slab + layout.vector_bytes * block.begin);
+  half_tile.too_large = reinterpret_cast<const uint8_t*>(slab + layout.too_large_offset + index * layout.groups);
+  half_tile.groups = layout.groups;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t offset = half * layout.groups * kGroupSignBytes;
+    half_tile.signs = signs + offset;
+    // The next tile comes with the first block. Prefetching what is there costs nothing.
+    half_tile.next_signs = next_tile_signs != nullptr && index == 0
+                               ? reinterpret_cast<const char*>(next_tile_signs) + offset
+                               : reinterpret_cast<const char*>(half_tile.signs);
+    look_up_block(block.end - block.begin, half_tile, half, products);
+  }
+}
+
 inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const PrefillLevels& levels,
-                     const char* activations, int64_t tokens, int64_t halves, int64_t tile,
+                     const PrefillLayout& layout, const char* activations, const VectorRange& range, int64_t tile,
                      const TileOutliers& outliers, const PrefillScratch& scratch, const LinearOutput& output) {
-  const PrefillLayout layout = prefill_layout(weight.in_features);
+  const int64_t halves = range.halves;
   const int32_t* signs = weight.signs + (tile * weight.planes + run.begin) * weight.words * kRowsPerTile;
   const int32_t* next_tile_signs =
       run.has_next_tile ? weight.signs + (tile + 1) * weight.planes * weight.words * kRowsPerTile : nullptr;
+  if (layout.looks_up) transpose_signs(signs, weight.words, layout.groups, scratch.expanded);
   const TilePlanes planes = {signs, run.end - run.begin, weight.words, level_tables(levels, run.end - run.begin),
                              scratch.expanded};
   const RowSums unit = load_rows(levels.unit);
@@ -69,10 +97,9 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
       weight.means != nullptr ? load_float16_rows(weight.means + tile * kRowsPerTile) : splat_rows(0.0f);
   const bool has_outliers = run.is_last && outliers.count > 0;
 
-  const int64_t all_vectors = tokens * halves;
-  for (int64_t first = 0; first < all_vectors; first += kSlabVectors) {
-    const char* slab = activations + first / kSlabVectors * layout.slab_bytes;
-    const int64_t vectors = all_vectors - first < kSlabVectors ? all_vectors - first : kSlabVectors;
+  for (int64_t first = range.begin; first < range.end; first += layout.slab_vectors) {
+    const char* slab = activations + first / layout.slab_vectors * layout.slab_bytes;
+    const int64_t vectors = range.end - first < layout.slab_vectors ? range.end - first : layout.slab_vectors;
     const float* scales = reinterpret_cast<const float*>(slab + layout.scales_offset);
     const float* sums = reinterpret_cast<const float*>(slab + layout.sums_offset);
     const int32_t* code_sums = reinterpret_cast<const int32_t*>(slab + layout.code_sums_offset);
@@ -83,18 +110,23 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
     }
     const UnitExactColumns exact = exact_columns_of(layout, weight.in_features, slab);
     const bool has_exact_columns = run.is_last && exact.slot_count() > 0;
-    const int64_t blocks = block_count(vectors, halves);
+    const int64_t blocks = block_count(layout, vectors, halves);
     for (int64_t index = 0; index < blocks; ++index) {
       const Block block = block_of(vectors, halves, index, blocks);
       __m512i products[kBlockVectors][2];
       // The planes of the next tile are spread over the blocks of the first slab.
       NextSigns next = {nullptr, 0};
-      if (next_tile_signs != nullptr && first == 0) {
+      const bool is_first_block = first == range.begin && index == 0;
+      if (next_tile_signs != nullptr && first == range.begin) {
         const int64_t plane = weight.planes * index / blocks;
         next = {next_tile_signs + plane * weight.words * kRowsPerTile, weight.planes * (index + 1) / blocks - plane};
       }
-      multiply_block(block.end - block.begin, first == 0 && index == 0, planes,
-                     reinterpret_cast<const int32_t*>(slab + layout.width * block.begin), next, products);
+      if (layout.looks_up) {
+        look_up_tile(layout, slab, block, index, scratch.expanded, next_tile_signs, products);
+      } else {
+        multiply_block(block.end - block.begin, is_first_block, planes,
+                       reinterpret_cast<const int32_t*>(slab + layout.vector_bytes * block.begin), next, products);
+      }
       // Its signs are in the cache by now.
       if (has_exact_columns && index == 0) {
         expand_exact_planes(weight, tile, exact, scratch.exact_weights);
@@ -103,7 +135,8 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
       RowSums token_rows = splat_rows(0.0f);
       for (int64_t v = block.begin; v < block.end; ++v) {
         // 2 * product - total * code_sum = sum of level * sign * code, modulo 2^32; the sum itself is at most
-        // 65536 x 255 x 128 < 2^31.
+        // 65536 x 255 x 128 < 2^31. What is looked up is the product less the sum of all negative codes; its code_sum
+        // is that of the magnitudes.
         const __m512i code_sum = _mm512_set1_epi32(code_sums[v]);
         const __m512i* product = products[v - block.begin];
         const RowCounts counts = {
@@ -135,9 +168,10 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
   }
 }
 
-inline void gemm_integer(const PackedWeightView& weight, const char* activations, int64_t tokens, int64_t halves,
-                         int64_t tile_begin, int64_t tile_end, void* memory, const LinearOutput& output) {
-  const PrefillScratch scratch = prefill_scratch(weight, tokens * halves, memory);
+inline void gemm_integer(const PackedWeightView& weight, const PrefillLayout& layout, const char* activations,
+                         const VectorRange& range, int64_t tile_begin, int64_t tile_end, void* memory,
+                         const LinearOutput& output) {
+  const PrefillScratch scratch = prefill_scratch(weight, range.end, layout.looks_up, memory);
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     float scales[kMaxPlanes][kRowsPerTile];
     for (int64_t p = 0; p < weight.planes; ++p) {
@@ -148,14 +182,14 @@ inline void gemm_integer(const PackedWeightView& weight, const char* activations
     const bool is_first_tile = tile == tile_begin, has_next_tile = tile + 1 < tile_end;
     PrefillLevels levels;
     if (find_prefill_levels(scales, weight.planes, 255, &levels)) {
-      gemm_run(weight, {0, weight.planes, true, true, is_first_tile, has_next_tile}, levels, activations, tokens,
-               halves, tile, outliers, scratch, output);
+      gemm_run(weight, {0, weight.planes, true, true, is_first_tile, has_next_tile}, levels, layout, activations, range,
+               tile, outliers, scratch, output);
       continue;
     }
     for (int64_t p = 0; p < weight.planes; ++p) {
       single_plane_levels(scales[p], &levels);
-      gemm_run(weight, {p, p + 1, p == 0, p + 1 == weight.planes, is_first_tile, has_next_tile}, levels, activations,
-               tokens, halves, tile, outliers, scratch, output);
+      gemm_run(weight, {p, p + 1, p == 0, p + 1 == weight.planes, is_first_tile, has_next_tile}, levels, layout,
+               activations, range, tile, outliers, scratch, output);
     }
   }
 }
@@ -172,13 +206,14 @@ inline int64_t prefill_token_limit(const PackedWeightView& weight, ActivationPre
 
 inline int64_t prefill_activation_bytes(const PackedWeightView& weight, int64_t tokens, ActivationPrecision precision) {
   if (precision == ActivationPrecision::kExact) return tokens * code_bytes(weight.in_features) * 4;
-  const int64_t slabs = (tokens * halves_of(precision) + kSlabVectors - 1) / kSlabVectors;
-  return slabs * prefill_layout(weight.in_features).slab_bytes;
+  const PrefillLayout layout = prefill_layout(weight, precision);
+  const int64_t slabs = (tokens * halves_of(precision) + layout.slab_vectors - 1) / layout.slab_vectors;
+  return slabs * layout.slab_bytes;
 }
 
 inline int64_t prefill_scratch_bytes(const PackedWeightView& weight, int64_t tokens, ActivationPrecision precision) {
   if (precision == ActivationPrecision::kExact) return float_scratch(tokens, nullptr).bytes;
-  return prefill_scratch(weight, tokens * halves_of(precision), nullptr).bytes;
+  return prefill_scratch(weight, tokens * halves_of(precision), looks_up(weight, precision), nullptr).bytes;
 }
 
 inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& input, int64_t tokens,
@@ -192,10 +227,10 @@ inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& i
     }
     return;
   }
-  const PrefillLayout layout = prefill_layout(weight.in_features);
-  const int64_t slab_tokens = kSlabVectors / halves_of(precision);
+  const PrefillLayout layout = prefill_layout(weight, precision);
+  const int64_t slab_tokens = layout.slab_vectors / halves_of(precision);
   for (int64_t t = begin; t < end; t += slab_tokens) {
-    prepare_slab(weight, input, t, t + slab_tokens < end ? t + slab_tokens : end, precision, layout,
+    prepare_slab(weight, input, t, t + slab_tokens < end ? slab_tokens : end - t, precision, layout,
                  static_cast<char*>(activations) + t / slab_tokens * layout.slab_bytes);
   }
 }
@@ -204,9 +239,15 @@ inline void gemm(const PackedWeightView& weight, const void* activations, int64_
                  int64_t tile_begin, int64_t tile_end, void* scratch, const LinearOutput& output) {
   if (precision == ActivationPrecision::kExact) {
     gemm_float(weight, static_cast<const float*>(activations), tokens, tile_begin, tile_end, scratch, output);
-  } else {
-    gemm_integer(weight, static_cast<const char*>(activations), tokens, halves_of(precision), tile_begin, tile_end,
-                 scratch, output);
+    return;
+  }
+  const PrefillLayout layout = prefill_layout(weight, precision);
+  const int64_t halves = halves_of(precision), vectors = tokens * halves;
+  // All slabs share an expanded tile. Signs to look up need no expansion.
+  const int64_t at_once = layout.looks_up ? layout.slab_vectors : vectors;
+  for (int64_t first = 0; first < vectors; first += at_once) {
+    const VectorRange range = {first, vectors - first < at_once ? vectors : first + at_once, halves};
+    gemm_integer(weight, layout, static_cast<const char*>(activations), range, tile_begin, tile_end, scratch, output);
   }
 }
 

@@ -66,6 +66,103 @@ TEST(Linear, PlaneScalesOffTheGrid) {
   }
 }
 
+// Integer activations are their own codes, float sums of integers below 2^24 are exact: every output has one value.
+void expect_exact_integers(const RandomPackedWeight& packed, int64_t tokens, const std::vector<double>& source) {
+  const PackedWeightView weight = packed.view();
+  const Case c = {{}, tokens, ActivationPrecision::kInt8, Route::kPrefill, ElementType::kFloat32, false};
+  const Elements input(source, c.type);
+  std::vector<double> expected;
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t n = 0; n < weight.out_features; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < weight.in_features; ++k) {
+        const double value = source[token * weight.in_features + k];
+        for (int64_t p = 0; p < weight.planes; ++p) {
+          sum += plane_scale(weight, n, p) * (sign_is_positive(weight, n, p, k) ? value : -value);
+        }
+      }
+      expected.push_back(sum);
+    }
+  }
+  const std::vector<uint8_t> bytes = Elements(expected, c.type).bytes;
+  const std::vector<uint8_t> floats(bytes.begin(), bytes.begin() + static_cast<int64_t>(expected.size()) * 4);
+  for (const KernelTable* table : supported_kernels()) {
+    for (int64_t tiles_per_range : {int64_t{1}, weight.row_tiles}) {
+      EXPECT_TRUE(run(*table, weight, c, input, input, tiles_per_range) == floats)
+          << table->name << " K=" << weight.in_features << " P=" << weight.planes << " tokens=" << tokens;
+    }
+  }
+}
+
+RandomPackedWeight weight_of_units(int64_t rows, int64_t width, int64_t planes) {
+  RandomPackedWeight packed({rows, width, planes, 0, false, false}, static_cast<uint64_t>(width));
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t p = 0; p < planes; ++p) packed.scale(n, p) = float16_bits(std::ldexp(1.0, planes - 1 - p));
+  }
+  return packed;
+}
+
+enum class Codes { kSmall, kSomeLarge, kLarge, kExtreme, kAllPositive, kAllNegative };
+constexpr Codes kCodes[] = {Codes::kSmall,   Codes::kSomeLarge,   Codes::kLarge,
+                            Codes::kExtreme, Codes::kAllPositive, Codes::kAllNegative};
+
+// [tokens, width], the largest of each token 127, which does not stand out.
+std::vector<double> integers(Codes codes, int64_t tokens, int64_t width, RandomPackedWeight* random) {
+  std::vector<double> source;
+  for (int64_t i = 0; i < tokens * width; ++i) {
+    const bool is_large = codes == Codes::kLarge || (codes == Codes::kSomeLarge && i % 300 < 20);
+    const double largest = is_large ? 127 : 60;
+    double value = std::nearbyint(random->uniform(-largest, largest));
+    if (codes == Codes::kExtreme) value = random->uniform(-1, 1) < 0 ? -127 : 127;
+    if (codes == Codes::kAllPositive) value = 127;
+    if (codes == Codes::kAllNegative) value = -127;
+    if (i % width == width / 2) value = codes == Codes::kAllNegative ? -127 : 127;
+    source.push_back(value);
+  }
+  return source;
+}
+
+TEST(Linear, IntegersAreExactForEveryNumberOfTokens) {
+  RandomPackedWeight packed = weight_of_units(70, 333, 1);
+  for (int64_t tokens = 1; tokens <= 70; ++tokens) {
+    expect_exact_integers(packed, tokens, integers(kCodes[tokens % 6], tokens, 333, &packed));
+  }
+  expect_exact_integers(packed, 200, integers(Codes::kSomeLarge, 200, 333, &packed));
+}
+
+// Widths around words, groups of words, and those from which slabs are smaller.
+TEST(Linear, IntegersAreExactForEveryWidth) {
+  const int64_t widths[] = {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 255, 257};
+  for (int64_t planes : {1, 2}) {
+    for (int64_t width : widths) {
+      RandomPackedWeight packed = weight_of_units(33, width, planes);
+      for (Codes codes : kCodes) expect_exact_integers(packed, 6, integers(codes, 6, width, &packed));
+    }
+  }
+  for (int64_t width : {4096, 4097, 8192, 8200}) {
+    RandomPackedWeight packed = weight_of_units(33, width, 1);
+    for (int64_t tokens : {7, 16, 17, 33, 66}) {
+      expect_exact_integers(packed, tokens, integers(kCodes[tokens % 3], tokens, width, &packed));
+    }
+  }
+}
+
+TEST(Linear, IntegersAreExactBesideExactColumns) {
+  for (int64_t width : {700, 4100}) {
+    RandomPackedWeight packed = weight_of_units(40, width, 1);
+    std::vector<double> source = integers(Codes::kSomeLarge, 19, width, &packed);
+    for (int64_t token = 0; token < 19; ++token) {
+      if (token % 3 == 2) continue;
+      // All of them are kept as float, the 17th largest is a code.
+      for (int64_t i = 0; i < kExactColumns; ++i) {
+        source[token * width + (i * 131 + token * token) % width] = (i % 2 == 0 ? 1 : -1) * (20000.0 + 100.0 * i);
+      }
+      source[token * width + (3 + token * token) % width] = -127;
+    }
+    expect_exact_integers(packed, 19, source);
+  }
+}
+
 // Integer sums at their largest: every sign set, every code at its limit, the widest weight.
 TEST(Linear, WorstCaseSumsDoNotOverflow) {
   const int64_t width = kMaxInFeatures;
