@@ -121,6 +121,7 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
         const int64_t plane = weight.planes * index / blocks;
         next = {next_tile_signs + plane * weight.words * kRowsPerTile, weight.planes * (index + 1) / blocks - plane};
       }
+      if (run.is_last && run.has_next_tile && first == range.begin) fetch_outliers(weight, tile + 1, index, blocks);
       if (layout.looks_up) {
         look_up_tile(layout, slab, block, index, scratch.expanded, next_tile_signs, products);
       } else {

@@ -19,25 +19,35 @@ constexpr int64_t kGroupSignBytes = kRowQuads * 64;
 
 inline int64_t lookup_sign_bytes(int64_t in_features) { return lookup_groups(in_features) * 2 * kGroupSignBytes; }
 
+inline void transpose_group(const __m512i* words, uint8_t* quads) {
+  const __m512i low01 = _mm512_shuffle_i32x4(words[0], words[1], 0x44);
+  const __m512i low23 = _mm512_shuffle_i32x4(words[2], words[3], 0x44);
+  const __m512i high01 = _mm512_shuffle_i32x4(words[0], words[1], 0xee);
+  const __m512i high23 = _mm512_shuffle_i32x4(words[2], words[3], 0xee);
+  _mm512_storeu_si512(quads, _mm512_shuffle_i32x4(low01, low23, 0x88));
+  _mm512_storeu_si512(quads + 64, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+  _mm512_storeu_si512(quads + 128, _mm512_shuffle_i32x4(high01, high23, 0x88));
+  _mm512_storeu_si512(quads + 192, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+}
+
 // The signs of a row tile in the order of the tables: [half of the tile, groups, 4 quads of rows, 4 words, 4 rows].
 // Words beyond the last are zeros.
 inline void transpose_signs(const int32_t* signs, int64_t words, int64_t groups, uint8_t* target) {
-  for (int64_t group = 0; group < groups; ++group) {
-    for (int64_t half = 0; half < 2; ++half) {
-      __m512i word[kLookupWords];
-      for (int64_t i = 0; i < kLookupWords; ++i) {
-        const int64_t index = group * kLookupWords + i;
-        word[i] = index < words ? _mm512_loadu_si512(signs + index * kRowsPerTile + half * 16) : _mm512_setzero_si512();
+  for (int64_t half = 0; half < 2; ++half) {
+    const int32_t* source = signs + half * 16;
+    uint8_t* quads = target + half * groups * kGroupSignBytes;
+    __m512i word[kLookupWords];
+    for (int64_t left = words; left > 0; left -= kLookupWords) {
+      if (left >= kLookupWords) {
+        for (int64_t i = 0; i < kLookupWords; ++i) word[i] = _mm512_loadu_si512(source + i * kRowsPerTile);
+      } else {
+        for (int64_t i = 0; i < kLookupWords; ++i) {
+          word[i] = i < left ? _mm512_loadu_si512(source + i * kRowsPerTile) : _mm512_setzero_si512();
+        }
       }
-      const __m512i low01 = _mm512_shuffle_i32x4(word[0], word[1], 0x44);
-      const __m512i low23 = _mm512_shuffle_i32x4(word[2], word[3], 0x44);
-      const __m512i high01 = _mm512_shuffle_i32x4(word[0], word[1], 0xee);
-      const __m512i high23 = _mm512_shuffle_i32x4(word[2], word[3], 0xee);
-      uint8_t* quads = target + (half * groups + group) * kGroupSignBytes;
-      _mm512_storeu_si512(quads, _mm512_shuffle_i32x4(low01, low23, 0x88));
-      _mm512_storeu_si512(quads + 64, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-      _mm512_storeu_si512(quads + 128, _mm512_shuffle_i32x4(high01, high23, 0x88));
-      _mm512_storeu_si512(quads + 192, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+      transpose_group(word, quads);
+      source += kLookupWords * kRowsPerTile;
+      quads += kGroupSignBytes;
     }
   }
 }

@@ -123,10 +123,45 @@ inline void sum_slab_outliers(const TileOutliers& outliers, const uint8_t* table
   }
 }
 
+// The same for up to eight vectors.
+inline void sum_few_outliers(const TileOutliers& outliers, const uint8_t* table, float* sums) {
+  const __m512i two_fours = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  for (int64_t half_tile = 0; half_tile < kRowsPerTile; half_tile += 16) {
+    F32x16 rows[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const int64_t row = half_tile + i;
+      const uint16_t* columns = outliers.columns + row * outliers.count;
+      const int8_t* deltas = outliers.deltas + row * outliers.count;
+      __m512i sum = _mm512_zextsi256_si512(_mm256_set1_epi32(-128 * outliers.delta_sums[row]));
+      for (int64_t q = 0; q < outliers.count; q += 8) {
+        const __m128i eight_deltas = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(deltas + q));
+        sum = dot_accumulate(sum, look_up_eight(table, columns + q),
+                             _mm512_permutexvar_epi32(two_fours, _mm512_castsi128_si512(eight_deltas)));
+      }
+      const __m256i both = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+      rows[i].all = _mm512_cvtepi32_ps(_mm512_zextsi256_si512(both));
+    }
+    transpose(rows);
+    for (int64_t i = 0; i < 8; ++i) _mm512_storeu_ps(sums + i * kRowsPerTile + half_tile, rows[i].all);
+  }
+}
+
 inline void sum_slab_outliers(const TileOutliers& outliers, const uint8_t* table, int64_t row_vectors, float* sums) {
+  if (row_vectors == 8) return sum_few_outliers(outliers, table, sums);
   if (row_vectors == 16) return sum_slab_outliers<16>(outliers, table, sums);
   if (row_vectors == 32) return sum_slab_outliers<32>(outliers, table, sums);
   return sum_slab_outliers<64>(outliers, table, sums);
+}
+
+// Fetches one of `parts` of a tile's outliers.
+inline void fetch_outliers(const PackedWeightView& weight, int64_t tile, int64_t part, int64_t parts) {
+  const int64_t begin = weight.outliers * part / parts, end = weight.outliers * (part + 1) / parts;
+  const uint16_t* columns = weight.outlier_columns + tile * weight.outliers * kRowsPerTile;
+  const int8_t* deltas = weight.outlier_deltas + tile * weight.outliers * kRowsPerTile;
+  for (int64_t i = begin; i < end; ++i) {
+    prefetch(columns + i * kRowsPerTile, 0);
+    if (i % 2 == 0) prefetch(deltas + i * kRowsPerTile, 0);
+  }
 }
 
 // What another core has prepared is faster to fetch in order than row by row.

@@ -32,13 +32,15 @@ inline void transpose_bytes_16x16(const __m128i* rows, __m128i* columns) {
   }
 }
 
-// Places in a row: as many as vectors come in groups of sixteen, without a 48.
-inline int64_t table_vectors(int64_t slab_vectors) { return slab_vectors <= 16 ? 16 : slab_vectors <= 32 ? 32 : 64; }
+// Places in a row: the next power of two, from 8 on.
+inline int64_t table_vectors(int64_t slab_vectors) {
+  return slab_vectors <= 8 ? 8 : slab_vectors <= 16 ? 16 : slab_vectors <= 32 ? 32 : 64;
+}
 
 // Rows are stored so that the unpacking of look_up_four() restores the order of vectors.
 inline int64_t place_in_table_row(int64_t row_vectors, int64_t vector) {
   const int64_t group = vector / 16, four = vector % 16 / 4, of_four = vector % 4;
-  if (row_vectors == 16) return vector;
+  if (row_vectors <= 16) return vector;
   if (row_vectors == 32) return four % 2 * 16 + (group * 2 + four / 2) * 4 + of_four;
   return four * 16 + group * 4 + of_four;
 }
@@ -49,7 +51,7 @@ inline void write_table(const int8_t* natural, int64_t row_vectors, int64_t colu
   for (int64_t first = 0; first < columns; first += 16) {
     const int64_t count = columns - first < 16 ? columns - first : 16;
     __m128i transposed[4][16];
-    for (int64_t group = 0; group < row_vectors / 16; ++group) {
+    for (int64_t group = 0; group < (row_vectors + 15) / 16; ++group) {
       __m128i rows[16];
       for (int64_t i = 0; i < 16; ++i) {
         rows[i] = _mm_xor_si128(
@@ -59,6 +61,10 @@ inline void write_table(const int8_t* natural, int64_t row_vectors, int64_t colu
     }
     for (int64_t column = 0; column < count; ++column) {
       __m128i* row = reinterpret_cast<__m128i*>(table + (first + column) * row_vectors);
+      if (row_vectors == 8) {
+        _mm_storel_epi64(row, transposed[0][column]);
+        continue;
+      }
       if (row_vectors == 16) {
         _mm_storeu_si128(row, transposed[0][column]);
         continue;
@@ -79,6 +85,17 @@ inline void write_table(const int8_t* natural, int64_t row_vectors, int64_t colu
       _mm_storeu_si128(row + 3, _mm_unpackhi_epi64(high01, high23));
     }
   }
+}
+
+// For rows of eight vectors: their codes at the columns 0 to 3 in the lanes 0 to 7, at 4 to 7 in the others.
+inline __m512i look_up_eight(const uint8_t* table, const uint16_t* columns) {
+  const auto row = [&](int i) __attribute__((always_inline)) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + static_cast<int64_t>(columns[i]) * 8));
+  };
+  const __m128i ab = _mm_unpacklo_epi8(row(0), row(1)), cd = _mm_unpacklo_epi8(row(2), row(3));
+  const __m128i ef = _mm_unpacklo_epi8(row(4), row(5)), gh = _mm_unpacklo_epi8(row(6), row(7));
+  return join_lanes(_mm_unpacklo_epi16(ab, cd), _mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ef, gh),
+                    _mm_unpackhi_epi16(ef, gh));
 }
 
 // codes[g], lane 4 * l + j .. of 16 vectors: for each vector of group g the four bytes at the four columns.
