@@ -18,7 +18,7 @@ namespace avx512vnni {
 
 // What one thread needs for a tile.
 struct PrefillScratch {
-  uint8_t* expanded;          // [words, 8, 32, 4]; or the signs of the tile, to look up
+  uint8_t* expanded;          // [words, 8, 32, 4]; or the signs of the tile, transposed to look up
   float* outlier_sums;        // [kSlabVectors, 32]
   float* partial;             // [vectors, 32]: planes so far, when they go one by one
   int32_t* delta_sums;        // [32]
@@ -62,21 +62,27 @@ struct VectorRange {
   int64_t halves;
 };
 
-// As multiply_block(), for both halves of a tile.
-inline void look_up_tile(const PrefillLayout& layout, const char* slab, const Block& block, int64_t index,
-                         const uint8_t* signs, const int32_t* next_tile_signs, __m512i (*products)[2]) {
+// As multiply_block(). The first block, index 0, transposes the signs of the tile.
+inline void look_up_tile(const PackedWeightView& weight, const PrefillLayout& layout, const char* slab,
+                         const Block& block, int64_t index, int64_t blocks, const int32_t* signs,
+                         const int32_t* next_tile_signs, uint8_t* transposed, __m512i (*products)[2]) {
   LookupBlock half_tile;
+  half_tile.words = weight.words;
+  half_tile.groups = layout.groups;
   half_tile.tables = reinterpret_cast<const uint8_t*>(slab + layout.vector_bytes * block.begin);
   half_tile.too_large = reinterpret_cast<const uint8_t*>(slab + layout.too_large_offset + index * layout.groups);
-  half_tile.groups = layout.groups;
+  // The signs of the next tile are spread over up to four blocks.
+  half_tile.next_bytes = next_tile_signs == nullptr || index >= 4 ? 0 : blocks == 1 ? 256 : blocks < 4 ? 128 : 64;
   for (int64_t half = 0; half < 2; ++half) {
-    const int64_t offset = half * layout.groups * kGroupSignBytes;
-    half_tile.signs = signs + offset;
-    // The next tile comes with the first block. Prefetching what is there costs nothing.
-    half_tile.next_signs = next_tile_signs != nullptr && index == 0
-                               ? reinterpret_cast<const char*>(next_tile_signs) + offset
-                               : reinterpret_cast<const char*>(half_tile.signs);
-    look_up_block(block.end - block.begin, half_tile, half, products);
+    half_tile.signs = signs + half * 16;
+    half_tile.transposed = transposed + half * layout.groups * kGroupSignBytes;
+    half_tile.next_signs =
+        reinterpret_cast<const char*>(next_tile_signs) + (index * 2 + half) * layout.groups * half_tile.next_bytes;
+    if (index == 0) {
+      look_up_block<true>(block.end - block.begin, half_tile, half, products);
+    } else {
+      look_up_block<false>(block.end - block.begin, half_tile, half, products);
+    }
   }
 }
 
@@ -87,7 +93,6 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
   const int32_t* signs = weight.signs + (tile * weight.planes + run.begin) * weight.words * kRowsPerTile;
   const int32_t* next_tile_signs =
       run.has_next_tile ? weight.signs + (tile + 1) * weight.planes * weight.words * kRowsPerTile : nullptr;
-  if (layout.looks_up) transpose_signs(signs, weight.words, layout.groups, scratch.expanded);
   const TilePlanes planes = {signs, run.end - run.begin, weight.words, level_tables(levels, run.end - run.begin),
                              scratch.expanded};
   const RowSums unit = load_rows(levels.unit);
@@ -123,7 +128,7 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
       }
       if (run.is_last && run.has_next_tile && first == range.begin) fetch_outliers(weight, tile + 1, index, blocks);
       if (layout.looks_up) {
-        look_up_tile(layout, slab, block, index, scratch.expanded, next_tile_signs, products);
+        look_up_tile(weight, layout, slab, block, index, blocks, signs, next_tile_signs, scratch.expanded, products);
       } else {
         multiply_block(block.end - block.begin, is_first_block, planes,
                        reinterpret_cast<const int32_t*>(slab + layout.vector_bytes * block.begin), next, products);

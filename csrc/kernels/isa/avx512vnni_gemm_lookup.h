@@ -13,43 +13,32 @@ namespace loop_singular_bit {
 namespace {
 namespace avx512vnni {
 
-constexpr int64_t kRowQuads = 4;  // of half a tile
-// Of a group's signs, for half a tile.
-constexpr int64_t kGroupSignBytes = kRowQuads * 64;
+constexpr int kRowQuads = 4;                         // of half a tile
+constexpr int64_t kGroupSignBytes = kRowQuads * 64;  // of half a tile
 
 inline int64_t lookup_sign_bytes(int64_t in_features) { return lookup_groups(in_features) * 2 * kGroupSignBytes; }
 
-inline void transpose_group(const __m512i* words, uint8_t* quads) {
+// The signs of a group for half a tile in the order of the tables: [4 quads of rows, 4 words, 4 rows]. `signs` are the
+// first word's, words are kRowsPerTile apart; those beyond words_left are zeros.
+inline void transpose_signs(const int32_t* signs, int64_t words_left, uint8_t* target) {
+  int32_t padded[kLookupWords * kRowsPerTile];
+  if (words_left < kLookupWords) {
+    __builtin_memset(padded, 0, sizeof(padded));
+    for (int64_t i = 0; i < words_left; ++i) {
+      __builtin_memcpy(padded + i * kRowsPerTile, signs + i * kRowsPerTile, 16 * sizeof(int32_t));
+    }
+    signs = padded;
+  }
+  __m512i words[kLookupWords];
+  for (int64_t i = 0; i < kLookupWords; ++i) words[i] = _mm512_loadu_si512(signs + i * kRowsPerTile);
   const __m512i low01 = _mm512_shuffle_i32x4(words[0], words[1], 0x44);
   const __m512i low23 = _mm512_shuffle_i32x4(words[2], words[3], 0x44);
   const __m512i high01 = _mm512_shuffle_i32x4(words[0], words[1], 0xee);
   const __m512i high23 = _mm512_shuffle_i32x4(words[2], words[3], 0xee);
-  _mm512_storeu_si512(quads, _mm512_shuffle_i32x4(low01, low23, 0x88));
-  _mm512_storeu_si512(quads + 64, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-  _mm512_storeu_si512(quads + 128, _mm512_shuffle_i32x4(high01, high23, 0x88));
-  _mm512_storeu_si512(quads + 192, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-}
-
-// The signs of a row tile in the order of the tables: [half of the tile, groups, 4 quads of rows, 4 words, 4 rows].
-// Words beyond the last are zeros.
-inline void transpose_signs(const int32_t* signs, int64_t words, int64_t groups, uint8_t* target) {
-  for (int64_t half = 0; half < 2; ++half) {
-    const int32_t* source = signs + half * 16;
-    uint8_t* quads = target + half * groups * kGroupSignBytes;
-    __m512i word[kLookupWords];
-    for (int64_t left = words; left > 0; left -= kLookupWords) {
-      if (left >= kLookupWords) {
-        for (int64_t i = 0; i < kLookupWords; ++i) word[i] = _mm512_loadu_si512(source + i * kRowsPerTile);
-      } else {
-        for (int64_t i = 0; i < kLookupWords; ++i) {
-          word[i] = i < left ? _mm512_loadu_si512(source + i * kRowsPerTile) : _mm512_setzero_si512();
-        }
-      }
-      transpose_group(word, quads);
-      source += kLookupWords * kRowsPerTile;
-      quads += kGroupSignBytes;
-    }
-  }
+  _mm512_storeu_si512(target, _mm512_shuffle_i32x4(low01, low23, 0x88));
+  _mm512_storeu_si512(target + 64, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+  _mm512_storeu_si512(target + 128, _mm512_shuffle_i32x4(high01, high23, 0x88));
+  _mm512_storeu_si512(target + 192, _mm512_shuffle_i32x4(high01, high23, 0xdd));
 }
 
 // Lane q = the sum of the lanes of quads[q].
@@ -63,39 +52,47 @@ inline __m512i add_lanes(const __m512i* quads) {
 
 // Half a row tile, and what to look it up in.
 struct LookupBlock {
-  const uint8_t* signs;      // [groups, 4, 64]
+  const int32_t* signs;      // [words, 32], of which 16
+  uint8_t* transposed;       // [groups, kGroupSignBytes]; written by the first block
   const uint8_t* tables;     // LookupTables
   const uint8_t* too_large;  // [groups]: LookupSums of all vectors of the block
-  const char* next_signs;    // to fetch into L2, [groups, kGroupSignBytes]
-  int64_t groups;
+  const char* next_signs;    // to fetch into L2, next_bytes for each group
+  int64_t next_bytes;
+  int64_t words, groups;
 };
 
 // products[v][half of the tile] = sum over all columns of what is looked up, at most 65536 x 127 < 2^31.
 //
 // A function of its own for the compiler to keep the sums in registers.
-template <int kVectors>
+template <int kVectors, bool kIsFirst>
 __attribute__((noinline)) void look_up_block(const LookupBlock& block, int64_t half, __m512i (*products)[2]) {
   __m512i sums[kVectors][kRowQuads];
   for (int v = 0; v < kVectors; ++v) {
     for (int q = 0; q < kRowQuads; ++q) sums[v][q] = _mm512_setzero_si512();
   }
   const __m512i ones = _mm512_set1_epi8(1);
-  const __m512i first_signs = _mm512_set1_epi8(0x03), second_signs = _mm512_set1_epi8(0x0c);
+  const __m512i first_pair = _mm512_set1_epi8(0x03), second_pair = _mm512_set1_epi8(0x0c);
   const __m512i first_bytes = _mm512_set1_epi32(0x0c080400), second_bytes = _mm512_set1_epi32(0x03020100);
-  const uint8_t *signs = block.signs, *tables = block.tables, *too_large = block.too_large;
+  uint8_t* transposed = block.transposed;
+  const uint8_t *tables = block.tables, *too_large = block.too_large;
   const char* next_signs = block.next_signs;
-  for (int64_t group = 0; group < block.groups; ++group) {
-    for (int64_t i = 0; i < kGroupSignBytes; i += 64) _mm_prefetch(next_signs + i, _MM_HINT_T1);
+  for (int64_t group = 0; group < block.groups; ++group, transposed += kGroupSignBytes) {
+    for (int64_t i = 0; i < block.next_bytes; i += 64) prefetch(next_signs, i);
+    next_signs += block.next_bytes;
+    if constexpr (kIsFirst) {
+      transpose_signs(block.signs + group * kLookupWords * kRowsPerTile, block.words - group * kLookupWords,
+                      transposed);
+    }
 #pragma GCC unroll 2
     for (int nibble = 0; nibble < 2; ++nibble) {
       __m512i first[kRowQuads], second[kRowQuads];
 #pragma GCC unroll 4
       for (int q = 0; q < kRowQuads; ++q) {
-        const __m512i stored = _mm512_loadu_si512(signs + q * 64);
-        const __m512i bits = nibble == 0 ? stored : _mm512_srli_epi32(stored, 4);
-        // (bits & signs) | bytes
-        first[q] = _mm512_ternarylogic_epi32(bits, first_signs, first_bytes, 0xea);
-        second[q] = _mm512_ternarylogic_epi32(bits, second_signs, second_bytes, 0xea);
+        const __m512i signs = _mm512_loadu_si512(transposed + q * 64);
+        const __m512i bits = nibble == 0 ? signs : _mm512_srli_epi32(signs, 4);
+        // (bits & pair) | bytes
+        first[q] = _mm512_ternarylogic_epi32(bits, first_pair, first_bytes, 0xea);
+        second[q] = _mm512_ternarylogic_epi32(bits, second_pair, second_bytes, 0xea);
       }
       const auto look_up = [&](int v, auto&& add) __attribute__((always_inline)) {
         const __m512i first_table = _mm512_loadu_si512(tables + v * 2 * kLookupTableBytes);
@@ -122,23 +119,22 @@ __attribute__((noinline)) void look_up_block(const LookupBlock& block, int64_t h
       }
       tables += kVectors * 2 * kLookupTableBytes;
     }
-    signs += kGroupSignBytes;
-    next_signs += kGroupSignBytes;
     ++too_large;
   }
   for (int v = 0; v < kVectors; ++v) products[v][half] = add_lanes(sums[v]);
 }
 
+template <bool kIsFirst>
 inline void look_up_block(int64_t vectors, const LookupBlock& block, int64_t half, __m512i (*products)[2]) {
   switch (vectors) {
     case 1:
-      return look_up_block<1>(block, half, products);
+      return look_up_block<1, kIsFirst>(block, half, products);
     case 2:
-      return look_up_block<2>(block, half, products);
+      return look_up_block<2, kIsFirst>(block, half, products);
     case 3:
-      return look_up_block<3>(block, half, products);
+      return look_up_block<3, kIsFirst>(block, half, products);
     default:
-      return look_up_block<kLookupVectors>(block, half, products);
+      return look_up_block<kLookupVectors, kIsFirst>(block, half, products);
   }
 }
 
