@@ -20,16 +20,27 @@ constexpr int64_t kReserveBytes = 4 * kMiB;
 // Parts of a unit are read in whole pages: at most so much more than their bytes.
 constexpr int64_t kPageSlack = 2 * kParts * kPageBytes;
 
+// Of units that are not worth dividing further, unless a limit on layers demands it.
+constexpr int64_t kSmallUnitBytes = kMiB / 4;
+// All weights are at least so many times the ring.
+constexpr int64_t kWeightsPerRing = 16;
+
 struct Sizes {
   int64_t max_unit_bytes;
+  int64_t buffers;
   int64_t prefill_tokens;
 };
 
-// From what is fastest to what is smallest. Large units keep a disk busy; from some hundred tokens on a pass over the
-// weights takes longer to compute than to read, and longer chunks gain little.
-constexpr Sizes kSizes[] = {{16 * kMiB, 512}, {16 * kMiB, 256}, {16 * kMiB, 128}, {8 * kMiB, 128}, {8 * kMiB, 64},
-                            {4 * kMiB, 64},   {4 * kMiB, 32},   {2 * kMiB, 32},   {2 * kMiB, 16},  {1 * kMiB, 16},
-                            {1 * kMiB, 8},    {kMiB / 4, 8},    {kMiB / 4, 1}};
+// From what is fastest to what is smallest. A unit is read while the one before it is computed with: eight buffers even
+// out that some take longer to compute than to read. From some hundred tokens on a pass over the weights takes longer
+// to compute than to read, and longer chunks gain little.
+constexpr Sizes kSizes[] = {{4 * kMiB, 8, 512},      {4 * kMiB, 8, 256},
+                            {4 * kMiB, 8, 128},      {2 * kMiB, 8, 128},
+                            {2 * kMiB, 8, 64},       {kMiB, 8, 64},
+                            {kMiB, 8, 32},           {kMiB / 2, 8, 32},
+                            {kMiB / 2, 8, 16},       {kSmallUnitBytes, 8, 16},
+                            {kSmallUnitBytes, 8, 8}, {kSmallUnitBytes, 2, 8},
+                            {kSmallUnitBytes, 2, 1}};
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");
@@ -93,15 +104,16 @@ class Planner {
   Sizes limited(Sizes sizes) const {
     const int64_t wanted = options_.prefill_tokens > 0 ? options_.prefill_tokens : sizes.prefill_tokens;
     sizes.prefill_tokens = std::min({wanted, context_, options_.prefill_tokens > 0 ? context_ : kMaxPrefillTokens});
+    // A larger ring would take the place of weights that could stay, or of a layer.
+    const int64_t layers = options_.max_layers > 0 ? layer_limit() / options_.max_layers : INT64_MAX;
+    const int64_t ring = std::min(weight_bytes() / kWeightsPerRing, layers);
+    while (sizes.buffers > 2 && ring / sizes.buffers < kSmallUnitBytes) sizes.buffers /= 2;
+    if (!options_.prefetch) sizes.buffers = 1;
+    sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max(kSmallUnitBytes, ring / sizes.buffers));
     // A row tile is the least that can be read, whatever the limit.
-    if (options_.max_layers > 0) {
-      sizes.max_unit_bytes = std::min(
-          sizes.max_unit_bytes, std::max<int64_t>(1, layer_limit() / options_.max_layers / buffers() - kPageSlack));
-    }
+    sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layers / sizes.buffers - kPageSlack));
     return sizes;
   }
-
-  int64_t buffers() const { return options_.prefetch ? 2 : 1; }
 
   int64_t weight_bytes() const {
     int64_t total = checkpoint_.matrices()[checkpoint_.head().matrix].bytes();
@@ -140,6 +152,7 @@ class Planner {
     plan.prefill_tokens = sizes.prefill_tokens;
     plan.threads = threads_;
     plan.max_unit_bytes = sizes.max_unit_bytes;
+    plan.buffers = sizes.buffers;
     plan.budget_bytes = options_.budget_bytes;
     const std::vector<WeightUnit> units = make_units(checkpoint_, plan.max_unit_bytes);
     plan.unit_count = static_cast<int64_t>(units.size());
@@ -166,7 +179,7 @@ class Planner {
       plan.lines.push_back({"weights, all", all});
     } else {
       plan.lines.push_back(
-          {join("weights, ", buffers(), buffers() == 1 ? " buffer" : " buffers"), buffers() * largest});
+          {join("weights, ", plan.buffers, plan.buffers == 1 ? " buffer" : " buffers"), plan.buffers * largest});
     }
     plan.total_bytes = sum(plan.lines);
     return plan;
@@ -273,10 +286,11 @@ std::string plan_json(const MemoryPlan& plan) {
   }
   return join("{\"back_end\": \"", back_end_name(plan.back_end), "\", \"context\": ", plan.context,
               ", \"prefill_tokens\": ", plan.prefill_tokens, ", \"threads\": ", plan.threads,
-              ", \"max_unit_bytes\": ", plan.max_unit_bytes, ", \"units\": ", plan.unit_count,
-              ", \"pinned_units\": ", plan.pinned_units, ", \"weight_bytes\": ", plan.weight_bytes,
-              ", \"streamed_bytes\": ", plan.streamed_bytes, ", \"budget_bytes\": ", plan.budget_bytes,
-              ", \"total_bytes\": ", plan.total_bytes, ", \"lines\": [", lines, "]}");
+              ", \"max_unit_bytes\": ", plan.max_unit_bytes, ", \"buffers\": ", plan.buffers,
+              ", \"units\": ", plan.unit_count, ", \"pinned_units\": ", plan.pinned_units,
+              ", \"weight_bytes\": ", plan.weight_bytes, ", \"streamed_bytes\": ", plan.streamed_bytes,
+              ", \"budget_bytes\": ", plan.budget_bytes, ", \"total_bytes\": ", plan.total_bytes, ", \"lines\": [",
+              lines, "]}");
 }
 
 }  // namespace loop_singular_bit::runtime

@@ -38,6 +38,7 @@ struct MemoryPlan {
   int64_t prefill_tokens;
   int threads;
   int64_t max_unit_bytes;
+  int64_t buffers;  // of the largest unit
   int64_t pinned_units;
   int64_t unit_count;
   int64_t weight_bytes;    // of all units, in the files: what one token reads

@@ -50,7 +50,7 @@ Model::Model(ModelOptions options) : options_(std::move(options)) {
   StreamOptions stream;
   stream.back_end = plan_.back_end;
   stream.pinned_units = plan_.pinned_units;
-  stream.prefetch = options_.prefetch;
+  stream.buffers = plan_.buffers;
   stream.should_stop = readable(options_.interrupt_descriptor);
   stream_ = std::make_unique<WeightStream>(*checkpoint_, make_units(*checkpoint_, plan_.max_unit_bytes), stream);
   DecoderOptions decoder = decoder_options(options_, plan_);

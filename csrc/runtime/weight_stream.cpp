@@ -17,8 +17,6 @@ constexpr int64_t kReadBytes = int64_t{2} << 20;
 constexpr int kReaderThreads = 4;
 // Parts closer together than this in the file are read with what lies between them.
 constexpr int64_t kMergeBytes = int64_t{64} << 10;
-constexpr size_t kSlots = 8;
-constexpr int64_t kLargestUnitsInRing = 2;
 constexpr std::chrono::milliseconds kStopInterval{50};
 
 constexpr int64_t kElementBytes[kParts] = {4, 2, 2, 2, 2, 2, 1};
@@ -154,8 +152,9 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
     pinned_bases_.push_back(base);
     base += units_[unit].buffer_bytes;
   }
-  slots_.resize(options_.prefetch ? kSlots : 1);
-  ring_bytes_ = largest * (options_.prefetch ? kLargestUnitsInRing : 1);
+  // Twice as many slots as buffers: most units are smaller than the largest.
+  slots_.resize(options_.buffers > 1 ? 2 * static_cast<size_t>(options_.buffers) : 1);
+  ring_bytes_ = largest * options_.buffers;
   // A direct read into pages of 4 KiB is hundreds of pieces for the disk; into huge ones it is one or two, and with
   // some disks twice as fast.
   if (is_copied) ring_ = PageMemory(ring_bytes_, /*huge_pages=*/true);
@@ -321,7 +320,7 @@ bool WeightStream::take_work(Slot** slot, size_t* range) {
     // The order came round to a unit that is still in use: a pass of fewer units than there are slots.
     if (slots_[(front_ + i) % slots_.size()].unit == next_unit_) return false;
   }
-  if (!options_.prefetch && next_unit_ != wanted_) return false;
+  if (options_.buffers == 1 && next_unit_ != wanted_) return false;
   const int64_t bytes = ring_bytes_of(next_unit_);
   const int64_t offset = free_ring_offset(bytes);
   if (offset < 0) return false;

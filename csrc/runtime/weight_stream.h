@@ -1,7 +1,7 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
 // A unit is one linear, or some row tiles of it. Units at the start of the order may be pinned: they stay in memory
-// after their first use. The others pass through a ring that holds two of the largest, or more smaller ones (direct),
+// after their first use. The others pass through a ring that holds a few of the largest, or more smaller ones (direct),
 // or through the page cache with their pages dropped after use (mmap). Threads of its own read ahead; every unit is
 // checked before it is handed out.
 #pragma once
@@ -55,8 +55,8 @@ struct UnitView {
 
 struct StreamOptions {
   BackEnd back_end = BackEnd::kResident;
-  int64_t pinned_units = 0;  // kResident pins all
-  bool prefetch = true;
+  int64_t pinned_units = 0;           // kResident pins all
+  int64_t buffers = 2;                // so many of the largest units fit into the ring; 1: nothing is read ahead
   std::function<bool()> should_stop;  // asked while waiting for the disk
 };
 
