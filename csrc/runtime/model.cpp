@@ -110,17 +110,20 @@ void Model::check_budget() const {
               peak + peak / 20);
 }
 
-double measure_read_rate(const std::string& path, int64_t bytes) {
+double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_bytes) {
   constexpr int64_t kReadBytes = int64_t{1} << 20;
   constexpr int kThreads = 4;
   DataFile file(path);
   file.use_direct();
   const int64_t total = std::min(bytes, file.size());
+  const int64_t buffers = std::max<int64_t>(kThreads, buffer_bytes / kReadBytes);
+  const PageMemory memory(buffers * kReadBytes, /*huge_pages=*/true);
+  // The first use of a page takes longer than a read into it.
+  for (int64_t i = 0; i < memory.bytes(); i += kPageBytes) memory.data()[i] = std::byte{1};
   std::atomic<int64_t> next{0};
   const auto read = [&] {
-    const PageMemory memory(2 * kReadBytes, /*huge_pages=*/true);
     for (int64_t offset = 0; (offset = next.fetch_add(kReadBytes)) < total;) {
-      file.read_pages(offset, kReadBytes, memory.data());
+      file.read_pages(offset, kReadBytes, memory.data() + offset / kReadBytes % buffers * kReadBytes);
     }
   };
   const auto start = std::chrono::steady_clock::now();

@@ -58,7 +58,8 @@ class Model {
   std::vector<float> logits_;
 };
 
-// Reads up to `bytes` of a file as streaming does, past the page cache where that is possible: bytes per second.
-double measure_read_rate(const std::string& path, int64_t bytes);
+// Reads up to `bytes` of a file as streaming does, past the page cache where that is possible, into buffer_bytes of
+// memory over and over: bytes per second. What is read is not looked at.
+double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_bytes);
 
 }  // namespace loop_singular_bit::runtime

@@ -16,6 +16,13 @@ inline void pause() {
 #endif
 }
 
+// The library looks whether somebody sleeps before it wakes them: without a fence that look may come before the new
+// value is seen, and who goes to sleep in between is not woken.
+void wake(std::atomic<uint32_t>& value) {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  value.notify_all();
+}
+
 // Waits until `value` is not `old` any more.
 uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
   const auto start = std::chrono::steady_clock::now();
@@ -39,7 +46,7 @@ ThreadPool::ThreadPool(int threads) {
 ThreadPool::~ThreadPool() {
   is_stopping_.store(true, std::memory_order_relaxed);
   region_.fetch_add(1, std::memory_order_release);
-  region_.notify_all();
+  wake(region_);
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -51,7 +58,7 @@ void ThreadPool::take_ranges(uint32_t region, int thread) {
     if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acquire)) continue;
     const int64_t begin = static_cast<int64_t>(ranges_ - unclaimed) * grain_;
     call_(context_, begin, std::min(begin + grain_, count_), thread);
-    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) wake(pending_);
     ticket = ticket_.load(std::memory_order_acquire);
   }
 }
@@ -66,7 +73,7 @@ void ThreadPool::run(int64_t count, int64_t grain, Call call, const void* contex
   const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
   ticket_.store(uint64_t{region} << 32 | ranges_, std::memory_order_release);
   region_.store(region, std::memory_order_release);
-  region_.notify_all();
+  wake(region_);
   take_ranges(region, 0);
   for (uint32_t left = pending_.load(std::memory_order_acquire); left != 0;) left = wait_for_change(pending_, left);
 }
