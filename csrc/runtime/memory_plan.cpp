@@ -31,16 +31,15 @@ struct Sizes {
   int64_t prefill_tokens;
 };
 
-// From what is fastest to what is smallest. A unit is read while the one before it is computed with: eight buffers even
-// out that some take longer to compute than to read. From some hundred tokens on a pass over the weights takes longer
-// to compute than to read, and longer chunks gain little.
-constexpr Sizes kSizes[] = {{4 * kMiB, 8, 512},      {4 * kMiB, 8, 256},
-                            {4 * kMiB, 8, 128},      {2 * kMiB, 8, 128},
-                            {2 * kMiB, 8, 64},       {kMiB, 8, 64},
-                            {kMiB, 8, 32},           {kMiB / 2, 8, 32},
-                            {kMiB / 2, 8, 16},       {kSmallUnitBytes, 8, 16},
-                            {kSmallUnitBytes, 8, 8}, {kSmallUnitBytes, 2, 8},
+// From what is fastest to what is smallest. One unit is computed with while those after it are read: four buffers even
+// out that some take longer to compute than to read. Smaller units cost more reads of a few pages, of their scales and
+// outliers. From some hundred tokens on a pass over the weights takes longer to compute than to read, and longer chunks
+// gain little.
+constexpr Sizes kSizes[] = {{8 * kMiB, 4, 512},     {8 * kMiB, 4, 256}, {8 * kMiB, 4, 128}, {4 * kMiB, 4, 128},
+                            {4 * kMiB, 4, 64},      {2 * kMiB, 4, 64},  {2 * kMiB, 4, 32},  {kMiB, 4, 32},
+                            {kMiB, 4, 16},          {kMiB / 2, 4, 16},  {kMiB / 2, 4, 8},   {kSmallUnitBytes, 2, 8},
                             {kSmallUnitBytes, 2, 1}};
+constexpr int64_t kResidentUnitBytes = 16 * kMiB;
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");
@@ -151,7 +150,7 @@ class Planner {
     plan.context = context_;
     plan.prefill_tokens = sizes.prefill_tokens;
     plan.threads = threads_;
-    plan.max_unit_bytes = sizes.max_unit_bytes;
+    plan.max_unit_bytes = back_end == BackEnd::kResident ? kResidentUnitBytes : sizes.max_unit_bytes;
     plan.buffers = sizes.buffers;
     plan.budget_bytes = options_.budget_bytes;
     const std::vector<WeightUnit> units = make_units(checkpoint_, plan.max_unit_bytes);
