@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 
 import torch
 from torch import nn
@@ -27,10 +28,9 @@ def move_to_huge_pages(model: nn.Module) -> int:
     later are on ordinary pages until it is called again.
 
     The tensors are moved a batch at a time, so that memory grows by 64 MiB (or one large weight) on the way. Weights
-    that were mapped from a file, as `from_pretrained` does, become memory of the process; the pages of the file are
-    page cache, which counts as resident until its last tensor is gone, and which the kernel takes when it needs memory.
-    Nothing is moved when the packed tensors take more than half of the memory that is available; tensors on other
-    devices stay where they are.
+    that were mapped from a file, as safetensors leaves them, become memory of the process, and the pages of the file
+    that they were read from leave it. Nothing is moved when the packed tensors take more than half of the memory that
+    is available; tensors on other devices stay where they are.
 
     Returns:
         The bytes that were moved.
@@ -69,9 +69,33 @@ def _move_batch(places: list[_Place]) -> None:
         batch.append(places.pop())
         size += batch[-1][0].nbytes
     copies = ops.copy_to_huge_pages([tensor for tensor, _ in batch])
-    for copy, (_, users) in zip(copies, batch, strict=True):
+    for copy, (tensor, users) in zip(copies, batch, strict=True):
         for module, name in users:
             module._buffers[name] = copy
+        _unmap_unchanged_file_pages(tensor)
+
+
+def _unmap_unchanged_file_pages(tensor: torch.Tensor) -> None:
+    """Takes the pages of a mapped file that a tensor fills out of this process; whoever reads them gets them again.
+
+    As long as another tensor is in the same file, the whole of it stays mapped, and what was read of it resident.
+    """
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    pages = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - begin
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if pages <= 0 or madvise is None:
+        return
+    try:
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            pagemap.seek(8 * begin)
+            entries = torch.frombuffer(bytearray(pagemap.read(8 * pages)), dtype=torch.int64)
+    except OSError:
+        return
+    # Copying has just read every page. Bits 63 and 61: present, and of a file. A page that was written to, or that
+    # malloc gave, is not, and would lose its contents.
+    of_file = entries >> 61 & 0b101 == 0b101
+    if len(entries) == pages and bool(of_file.all()):
+        madvise(ctypes.c_void_p(begin * mmap.PAGESIZE), ctypes.c_size_t(pages * mmap.PAGESIZE), mmap.MADV_DONTNEED)
 
 
 def _give_back_freed_memory() -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from loop_singular_bit import PackedEmbedding, PackedLinear, QuantizationConfig, huge_pages, ops, quantize_model
 from loop_singular_bit.huge_pages import move_to_huge_pages
 from loop_singular_bit.machine import available_memory_bytes
+from loop_singular_bit.packed_weight import PackedLayout
 
 HUGE_PAGE = 2 << 20
 
@@ -200,6 +201,35 @@ def test_quantize_model_leaves_its_result_there() -> None:
     assert after["2.column_scales"] - after["0.signs"] < 2 * 256 * 256
 
 
+def resident_file_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssFile:")[1].split()[0]) / 1024
+
+
+def test_pages_of_a_mapped_file_are_left_unless_they_were_changed(tmp_path: Path) -> None:
+    layout = PackedLayout(4096, 4096, 4, 0, column_scales=False)
+    size = layout.part_nbytes()["signs"]
+    (tmp_path / "signs").write_bytes(bytes(range(256)) * (2 * size // 256 + 1))
+    # As safetensors maps them: private, and not at the beginning of a page.
+    file = torch.UntypedStorage.from_file(str(tmp_path / "signs"), shared=False, nbytes=2 * size + 256)
+    words = torch.empty(0, dtype=torch.int32).set_(file)  # type: ignore[call-overload]
+    _, shape = layout.tensors()["signs"]
+    count = size // 4
+    model = nn.ModuleList(PackedLinear.empty(layout) for _ in range(2))
+    old = [words[16 + i * count :][:count].view(shape) for i in range(2)]
+    for linear, signs in zip(model, old, strict=True):
+        linear.signs = signs
+    old[1][7] = 5
+    expected = [signs.clone() for signs in old]
+    before = resident_file_mb()
+    move_to_huge_pages(model)
+    # The first is left, the second was written to.
+    assert 0.9 * size < (before - resident_file_mb()) * 2**20 < 1.1 * size
+    for linear, signs, contents in zip(model, old, expected, strict=True):
+        assert torch.equal(linear.signs, contents) and torch.equal(signs, contents)  # type: ignore[arg-type]
+        assert linear.signs is not signs
+
+
 def test_memory_is_not_taken_twice() -> None:
     """A model of 512 MiB, of which half is in blocks that malloc would keep."""
     program = """
@@ -207,7 +237,6 @@ import torch
 from torch import nn
 from loop_singular_bit import PackedLayout, PackedLinear
 from loop_singular_bit.huge_pages import move_to_huge_pages
-from loop_singular_bit.machine import available_memory_bytes
 from loop_singular_bit.memory_budget import forget_earlier_peak, peak_resident_mb, resident_mb
 
 def linear(rows):
