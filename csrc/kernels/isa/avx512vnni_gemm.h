@@ -102,9 +102,9 @@ inline void gemm_run(const PackedWeightView& weight, const PlaneRun& run, const 
       weight.means != nullptr ? load_float16_rows(weight.means + tile * kRowsPerTile) : splat_rows(0.0f);
   const bool has_outliers = run.is_last && outliers.count > 0;
 
-  for (int64_t first = range.begin; first < range.end; first += layout.slab_vectors) {
-    const char* slab = activations + first / layout.slab_vectors * layout.slab_bytes;
-    const int64_t vectors = range.end - first < layout.slab_vectors ? range.end - first : layout.slab_vectors;
+  for (int64_t first = range.begin; first < range.end; first += kSlabVectors) {
+    const char* slab = activations + first / kSlabVectors * layout.slab_bytes;
+    const int64_t vectors = range.end - first < kSlabVectors ? range.end - first : kSlabVectors;
     const float* scales = reinterpret_cast<const float*>(slab + layout.scales_offset);
     const float* sums = reinterpret_cast<const float*>(slab + layout.sums_offset);
     const int32_t* code_sums = reinterpret_cast<const int32_t*>(slab + layout.code_sums_offset);
@@ -203,17 +203,19 @@ inline void gemm_integer(const PackedWeightView& weight, const PrefillLayout& la
 // ---- the table's functions ----
 
 // The table of outliers takes a byte for every column and vector. Up to here it leaves room in L2 for the expanded
-// tile.
+// tile. What is looked up is multiplied slab by slab, and should not grow much beyond L3.
 inline int64_t prefill_token_limit(const PackedWeightView& weight, ActivationPrecision precision) {
-  constexpr int64_t kTableBytes = int64_t{1} << 20;
-  const int64_t units = kTableBytes / (weight.in_features * halves_of(precision) * kPrefillUnitTokens);
+  const bool is_looked_up = looks_up(weight, precision);
+  const int64_t most_bytes = is_looked_up ? int64_t{16} << 20 : int64_t{1} << 20;
+  const int64_t vector_bytes = is_looked_up ? 3 * weight.in_features : weight.in_features;
+  const int64_t units = most_bytes / (vector_bytes * halves_of(precision) * kPrefillUnitTokens);
   return kPrefillUnitTokens * (units < 1 ? 1 : units > 8 ? 8 : units);
 }
 
 inline int64_t prefill_activation_bytes(const PackedWeightView& weight, int64_t tokens, ActivationPrecision precision) {
   if (precision == ActivationPrecision::kExact) return tokens * code_bytes(weight.in_features) * 4;
   const PrefillLayout layout = prefill_layout(weight, precision);
-  const int64_t slabs = (tokens * halves_of(precision) + layout.slab_vectors - 1) / layout.slab_vectors;
+  const int64_t slabs = (tokens * halves_of(precision) + kSlabVectors - 1) / kSlabVectors;
   return slabs * layout.slab_bytes;
 }
 
@@ -234,7 +236,7 @@ inline void prepare_prefill(const PackedWeightView& weight, const LinearInput& i
     return;
   }
   const PrefillLayout layout = prefill_layout(weight, precision);
-  const int64_t slab_tokens = layout.slab_vectors / halves_of(precision);
+  const int64_t slab_tokens = kSlabVectors / halves_of(precision);
   for (int64_t t = begin; t < end; t += slab_tokens) {
     prepare_slab(weight, input, t, t + slab_tokens < end ? slab_tokens : end - t, precision, layout,
                  static_cast<char*>(activations) + t / slab_tokens * layout.slab_bytes);
@@ -249,8 +251,8 @@ inline void gemm(const PackedWeightView& weight, const void* activations, int64_
   }
   const PrefillLayout layout = prefill_layout(weight, precision);
   const int64_t halves = halves_of(precision), vectors = tokens * halves;
-  // All slabs share an expanded tile. Signs to look up need no expansion.
-  const int64_t at_once = layout.looks_up ? layout.slab_vectors : vectors;
+  // All slabs share an expanded tile. Signs to look up cost little to read again, while tables stay in L2.
+  const int64_t at_once = layout.looks_up ? kSlabVectors : vectors;
   for (int64_t first = 0; first < vectors; first += at_once) {
     const VectorRange range = {first, vectors - first < at_once ? vectors : first + at_once, halves};
     gemm_integer(weight, layout, static_cast<const char*>(activations), range, tile_begin, tile_end, scratch, output);

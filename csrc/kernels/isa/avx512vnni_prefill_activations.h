@@ -2,7 +2,7 @@
 // one plane to look up, and as a table for the outliers.
 //
 // Every token has one vector of codes (int8) or two (int16: high halves, then low halves, each with its scale): vector
-// v belongs to token v / halves. Up to 64 vectors make a slab.
+// v belongs to token v / halves. 64 vectors make a slab.
 #pragma once
 
 #include <immintrin.h>
@@ -35,54 +35,45 @@ inline bool looks_up(const PackedWeightView& weight, ActivationPrecision precisi
 // Where things lie in the prepared activations. Sizes depend on the width only, so that slabs are found by index.
 struct PrefillLayout {
   bool looks_up;
-  int64_t slab_vectors;
   int64_t block_vectors;     // most of them
   int64_t width;             // in_features, padded to the codes' 64 or to groups of words
   int64_t groups;            // of words, to look up
   int64_t vector_bytes;      // codes: int32 [width / 4, vectors of the block] for each block; or LookupTables of each
   int64_t table_rows;        // in_features + 1: the last row is zeros, for outlier columns out of range
-  int64_t sums_offset;       // float [slab_vectors]: sum of the token's activations
-  int64_t scales_offset;     // float [slab_vectors]
-  int64_t code_sums_offset;  // int32 [slab_vectors]: of the codes, or of their magnitudes, to look up
+  int64_t sums_offset;       // float [kSlabVectors]: sum of the token's activations
+  int64_t scales_offset;     // float [kSlabVectors]
+  int64_t code_sums_offset;  // int32 [kSlabVectors]: of the codes, or of their magnitudes, to look up
   int64_t too_large_offset;  // uint8 [blocks, groups]: LookupSums of the vectors of a block
   int64_t exact_offset;      // UnitExactColumns of the vectors; none in kInt16
   int64_t table_offset;      // uint8 [table_rows, table_vectors()]: code + 128
   int64_t slab_bytes;
 };
 
-// Tables of one plane are larger than codes, and its signs are few: all tiles take a slab that stays in L2.
-inline int64_t lookup_slab_vectors(int64_t in_features) {
-  constexpr int64_t kColumns = int64_t{1} << 18;
-  return in_features * 64 <= kColumns ? 64 : in_features * 32 <= kColumns ? 32 : 16;
-}
-
 inline PrefillLayout prefill_layout(const PackedWeightView& weight, ActivationPrecision precision) {
   PrefillLayout layout;
   layout.looks_up = looks_up(weight, precision);
   layout.groups = layout.looks_up ? lookup_groups(weight.in_features) : 0;
   if (layout.looks_up) {
-    layout.slab_vectors = lookup_slab_vectors(weight.in_features);
     layout.block_vectors = kLookupVectors;
     layout.width = layout.groups * kLookupWords * kColumnsPerWord;
     layout.vector_bytes = LookupTables::vector_bytes(layout.groups);
   } else {
-    layout.slab_vectors = kSlabVectors;
     layout.block_vectors = kBlockVectors;
     layout.width = layout.vector_bytes = code_bytes(weight.in_features);
   }
   layout.table_rows = weight.in_features + 1;
-  int64_t offset = layout.vector_bytes * layout.slab_vectors;
+  int64_t offset = layout.vector_bytes * kSlabVectors;
   const auto take = [&](int64_t bytes) {
     const int64_t begin = offset;
     offset += align_bytes(bytes);
     return begin;
   };
-  layout.sums_offset = take(layout.slab_vectors * 4);
-  layout.scales_offset = take(layout.slab_vectors * 4);
-  layout.code_sums_offset = take(layout.slab_vectors * 4);
-  layout.too_large_offset = take(layout.slab_vectors / kLookupVectors * layout.groups);
-  layout.exact_offset = take(UnitExactColumns::bytes(weight.in_features, layout.slab_vectors));
-  layout.table_offset = take(layout.table_rows * layout.slab_vectors);
+  layout.sums_offset = take(kSlabVectors * 4);
+  layout.scales_offset = take(kSlabVectors * 4);
+  layout.code_sums_offset = take(kSlabVectors * 4);
+  layout.too_large_offset = take(kSlabVectors / kLookupVectors * layout.groups);
+  layout.exact_offset = take(UnitExactColumns::bytes(weight.in_features, kSlabVectors));
+  layout.table_offset = take(layout.table_rows * kSlabVectors);
   layout.slab_bytes = offset;
   return layout;
 }
@@ -112,7 +103,7 @@ inline __m512 load_scaled(const PackedWeightView& weight, const LinearInput& inp
 
 inline UnitExactColumns exact_columns_of(const PrefillLayout& layout, int64_t in_features, const char* slab) {
   // Kernels read what they prepared.
-  return UnitExactColumns(in_features, layout.slab_vectors, const_cast<char*>(slab) + layout.exact_offset);
+  return UnitExactColumns(in_features, kSlabVectors, const_cast<char*>(slab) + layout.exact_offset);
 }
 
 struct TokenStatistics {

@@ -130,7 +130,7 @@ TEST(Linear, IntegersAreExactForEveryNumberOfTokens) {
   expect_exact_integers(packed, 200, integers(Codes::kSomeLarge, 200, 333, &packed));
 }
 
-// Widths around words, groups of words, and those from which slabs are smaller.
+// Widths around words and groups of words.
 TEST(Linear, IntegersAreExactForEveryWidth) {
   const int64_t widths[] = {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 255, 257};
   for (int64_t planes : {1, 2}) {
