@@ -1,7 +1,7 @@
 // The products of prefill with AVX-512 VNNI. Planes with common levels are expanded to bytes once for a row tile
-// (generic/prefill_levels.h), which then stay in L2 for all tokens; a single plane is multiplied as it is stored.
-// Blocks of up to thirteen vectors of codes keep their sums for the whole tile in registers; the first of them expands
-// the tile while it multiplies.
+// (generic/prefill_levels.h), which then stay in L2 for all tokens; a single plane that is not looked up, for 16-bit
+// codes or for scales without common levels, is multiplied as it is stored. Blocks of up to thirteen vectors of codes
+// keep their sums for the whole tile in registers; the first of them expands the tile while it multiplies.
 #pragma once
 
 #include <immintrin.h>
