@@ -34,9 +34,9 @@ struct Sizes {
 // From what is fastest to what is smallest. One unit is computed with while those after it are read: four buffers even
 // out that some take longer to compute than to read. Smaller units cost more reads of a few pages, of their scales and
 // outliers. From some hundred tokens on a pass over the weights takes longer to compute than to read, and longer chunks
-// gain little.
-constexpr Sizes kSizes[] = {{8 * kMiB, 4, 512},     {8 * kMiB, 4, 256}, {8 * kMiB, 4, 128}, {4 * kMiB, 4, 128},
-                            {4 * kMiB, 4, 64},      {2 * kMiB, 4, 64},  {2 * kMiB, 4, 32},  {kMiB, 4, 32},
+// gain little; from some ten on it takes about as long, and a smaller ring costs more than shorter chunks.
+constexpr Sizes kSizes[] = {{8 * kMiB, 4, 512},     {8 * kMiB, 4, 256}, {8 * kMiB, 4, 128}, {8 * kMiB, 4, 64},
+                            {8 * kMiB, 4, 32},      {4 * kMiB, 4, 32},  {2 * kMiB, 4, 32},  {2 * kMiB, 4, 16},
                             {kMiB, 4, 16},          {kMiB / 2, 4, 16},  {kMiB / 2, 4, 8},   {kSmallUnitBytes, 2, 8},
                             {kSmallUnitBytes, 2, 1}};
 constexpr int64_t kResidentUnitBytes = 16 * kMiB;
