@@ -64,6 +64,14 @@ PageMemory::~PageMemory() {
   if (mapping_ != nullptr) munmap(mapping_, mapping_bytes_);
 }
 
+void PageMemory::reset(void* pages, int64_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(pages, bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) {
+    throw Error(ErrorKind::kMemoryBudget, join("the system gives no ", bytes, " bytes of memory"), bytes);
+  }
+  madvise(pages, bytes, MADV_NOHUGEPAGE);
+}
+
 void PageMemory::swap(PageMemory& other) {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
@@ -82,7 +90,6 @@ DataFile::DataFile(const std::string& path) : path_(path), descriptor_(open(path
 }
 
 DataFile::~DataFile() {
-  if (mapping_ != nullptr) munmap(mapping_, size());
   if (direct_descriptor_ >= 0) close(direct_descriptor_);
   close(descriptor_);
 }
@@ -146,13 +153,18 @@ void DataFile::read_pages(int64_t offset, int64_t bytes, void* target) const {
   }
 }
 
-const std::byte* DataFile::map() {
-  if (mapping_ == nullptr) {
-    void* mapping = mmap(nullptr, size(), PROT_READ, MAP_SHARED, descriptor_, 0);
-    if (mapping == MAP_FAILED) fail(ErrorKind::kDisk, path_, ": cannot be mapped: ", std::strerror(errno));
-    mapping_ = mapping;
+void DataFile::map_pages(int64_t offset, int64_t bytes, void* target) const {
+  check_unchanged();
+  const int64_t needed = std::min(bytes, page_ceiling(size()) - offset);
+  if (mmap(target, needed, PROT_READ, MAP_SHARED | MAP_FIXED, descriptor_, offset) == MAP_FAILED) {
+    fail(ErrorKind::kDisk, path_, ": cannot be mapped: ", std::strerror(errno));
   }
-  return static_cast<const std::byte*>(mapping_);
+  if (madvise(target, needed, MADV_POPULATE_READ) == 0) return;
+  if (errno != EINVAL) fail_read(offset, needed, errno);
+  // A kernel before 5.14: touch every page.
+  for (int64_t i = 0; i < needed; i += kPageBytes) {
+    static_cast<void>(*(static_cast<const volatile std::byte*>(target) + i));
+  }
 }
 
 std::string read_text_file(const std::string& path, int64_t limit) {

@@ -31,6 +31,9 @@ class PageMemory {
   std::byte* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
+  // Makes whole pages what they were at the start: zero, not resident, and no mapping of a file.
+  static void reset(void* pages, int64_t bytes);
+
  private:
   void swap(PageMemory& other);
 
@@ -63,8 +66,9 @@ class DataFile {
   // Reads whole pages; offset and target are multiples of kPageBytes. The file may end within the last page.
   void read_pages(int64_t offset, int64_t bytes, void* target) const;
 
-  // The whole file, read-only. It stays mapped as long as the file is open.
-  const std::byte* map();
+  // Maps whole pages read-only in place of the memory at target, and brings them in. The file may end within the last
+  // page. A file that was cut short is an error here; afterwards touching it would end the process with a signal.
+  void map_pages(int64_t offset, int64_t bytes, void* target) const;
 
  private:
   [[noreturn]] void fail_read(int64_t offset, int64_t bytes, int error) const;
@@ -73,7 +77,6 @@ class DataFile {
   int descriptor_ = -1;
   int direct_descriptor_ = -1;
   struct stat status_ = {};
-  void* mapping_ = nullptr;
 };
 
 // Whole small file as text. Throws Error(kCheckpoint) when it is missing or larger than `limit`.

@@ -1,9 +1,6 @@
 #include "weight_stream.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstring>
 
@@ -140,11 +137,9 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
                       : static_cast<int>(std::min<int64_t>(count, options_.pinned_units));
   int64_t pinned_bytes = 0;
   int64_t largest = 0;
-  bool is_copied = false;
   for (int unit = 0; unit < count; ++unit) {
     if (is_pinned(unit)) pinned_bytes += units_[unit].buffer_bytes;
     largest = std::max(largest, ring_bytes_of(unit));
-    is_copied = is_copied || (!is_pinned(unit) && !uses_mapping(unit));
   }
   if (pinned_bytes > 0) pinned_memory_ = PageMemory(pinned_bytes, /*huge_pages=*/true);
   std::byte* base = pinned_memory_.data();
@@ -157,14 +152,10 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
   ring_bytes_ = largest * options_.buffers;
   // A direct read into pages of 4 KiB is hundreds of pieces for the disk; into huge ones it is one or two, and with
   // some disks twice as fast.
-  if (is_copied) ring_ = PageMemory(ring_bytes_, /*huge_pages=*/true);
+  if (ring_bytes_ > 0) ring_ = PageMemory(ring_bytes_, /*huge_pages=*/options_.back_end != BackEnd::kMmap);
   is_direct_ = options_.back_end != BackEnd::kMmap;
   for (const auto& file : checkpoint_.files()) {
-    if (options_.back_end == BackEnd::kMmap) {
-      file->map();
-    } else {
-      is_direct_ = file->use_direct() && is_direct_;
-    }
+    if (options_.back_end != BackEnd::kMmap) is_direct_ = file->use_direct() && is_direct_;
   }
   for (int i = 0; i < kReaderThreads; ++i) threads_.emplace_back([this] { read_ahead(); });
 }
@@ -189,7 +180,6 @@ UnitView WeightStream::view(int index, const std::byte* base) const {
   const auto address = [&](Part part) -> const void* {
     const StoredTensor& tensor = unit.parts[part];
     if (tensor.file < 0) return nullptr;
-    if (uses_mapping(index)) return checkpoint_.files()[tensor.file]->map() + tensor.offset;
     return base + (unit.aligned_offsets[part] >= 0 ? unit.aligned_offsets[part] : unit.buffer_offsets[part]);
   };
   UnitView view{};
@@ -255,23 +245,12 @@ void WeightStream::check(int index, const std::byte* base) const {
 }
 
 void WeightStream::read_range(int unit, const PageRange& range, std::byte* base) const {
-  DataFile& file = *checkpoint_.files()[range.file];
-  if (!uses_mapping(unit)) {
+  const DataFile& file = *checkpoint_.files()[range.file];
+  if (uses_mapping(unit)) {
+    file.map_pages(range.offset, range.bytes, base + range.buffer_offset);
+  } else {
     file.read_pages(range.offset, range.bytes, base + range.buffer_offset);
-    return;
   }
-  // Faults the pages in here, where a file that was cut short is an error code and not a signal.
-  file.check_unchanged();
-  const std::byte* address = file.map() + range.offset;
-  const int64_t bytes = std::min(range.bytes, page_ceiling(file.size()) - range.offset);
-  if (madvise(const_cast<std::byte*>(address), bytes, MADV_POPULATE_READ) == 0) return;
-  if (errno != EINVAL) {
-    fail(ErrorKind::kDisk, file.path(), ": reading ", bytes, " bytes at offset ", range.offset,
-         " failed: ", std::strerror(errno));
-  }
-  // A kernel before 5.14: touch every page.
-  for (int64_t i = 0; i < bytes; i += kPageBytes)
-    static_cast<void>(*static_cast<const volatile std::byte*>(address + i));
 }
 
 void WeightStream::finish(int index, std::byte* base) const {
@@ -332,9 +311,7 @@ bool WeightStream::take_work(Slot** slot, size_t* range) {
   fresh.done = 0;
   fresh.issued = 1;
   fresh.error = nullptr;
-  fresh.base = uses_mapping(fresh.unit) ? &mapped_marker_
-               : is_pinned(fresh.unit)  ? pinned_bases_[fresh.unit]
-                                        : ring_.data() + offset;
+  fresh.base = is_pinned(fresh.unit) ? pinned_bases_[fresh.unit] : ring_.data() + offset;
   next_unit_ = (next_unit_ + 1) % count;
   *slot = &fresh;
   *range = 0;
@@ -391,6 +368,10 @@ void WeightStream::drain(std::unique_lock<std::mutex>& lock) {
   };
   // Ranges that no thread has taken yet are taken still: a slot is short.
   progress_.wait(lock, is_idle);
+  for (size_t i = 0; i < occupied_; ++i) {
+    const Slot& slot = slots_[(front_ + i) % slots_.size()];
+    if (uses_mapping(slot.unit)) PageMemory::reset(slot.base, units_[slot.unit].buffer_bytes);
+  }
   occupied_ = 0;
 }
 
@@ -426,10 +407,7 @@ void WeightStream::release(int unit) {
   if (is_pinned(unit)) {
     resident_[unit] = slot.base;
   } else if (uses_mapping(unit)) {
-    for (const PageRange& range : units_[unit].reads) {
-      madvise(const_cast<std::byte*>(checkpoint_.files()[range.file]->map() + range.offset), range.bytes,
-              MADV_DONTNEED);
-    }
+    PageMemory::reset(slot.base, units_[unit].buffer_bytes);
   }
   front_ = (front_ + 1) % slots_.size();
   --occupied_;

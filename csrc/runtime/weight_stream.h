@@ -120,12 +120,12 @@ class WeightStream {
   std::vector<std::byte*> pinned_bases_;
   PageMemory pinned_memory_;
   std::vector<std::byte*> resident_;  // base of each unit that stays; nullptr: not here
-  std::byte mapped_marker_{};         // the base of units that lie in the mapping
 
   mutable std::mutex mutex_;
   std::condition_variable work_;
   std::condition_variable progress_;
-  // Mapped units count as well: so many bytes of the page cache are mapped at a time.
+  // Units are mapped into it, or copied. A mapping of the whole file would not do: the system may map more around a
+  // page than was asked for, up to 2 MiB, and that would stay resident.
   int64_t ring_bytes_ = 0;
   PageMemory ring_;
   std::vector<Slot> slots_;

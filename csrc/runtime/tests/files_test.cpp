@@ -64,7 +64,11 @@ TEST(DataFile, ReadsPagesToTheEndOfTheFile) {
     const PageMemory memory(3 * kPageBytes);
     file.read_pages(kPageBytes, 3 * kPageBytes, memory.data());
     EXPECT_EQ(std::memcmp(memory.data(), content.data() + kPageBytes, 2 * kPageBytes + 100), 0);
-    EXPECT_EQ(std::memcmp(file.map(), content.data(), content.size()), 0);
+    const PageMemory place(4 * kPageBytes);
+    file.map_pages(0, 4 * kPageBytes, place.data());
+    EXPECT_EQ(std::memcmp(place.data(), content.data(), content.size()), 0);
+    PageMemory::reset(place.data(), 4 * kPageBytes);
+    for (int64_t i = 0; i < place.bytes(); ++i) ASSERT_EQ(place.data()[i], std::byte{0});
   }
 }
 
