@@ -8,7 +8,7 @@ memory (VmHWM) is its own. Where weights come from the disk, the first token is 
 else from the prompt on; its prompt has 16 tokens. `mmap cold` empties the page cache before every token. Limits are
 measured next to each line: reading memory with the threads of the run, int8 products from registers
 (libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and, before and after, reading the file past the page
-cache into 4 MiB of memory; after, also into as much memory as the ring of the run had. `--realtime` runs what is timed
+cache into 4 MiB of memory; after, also into as much memory as the buffers of the run. `--realtime` runs what is timed
 with real-time priority, for machines that others use (needs root).
 
 `--transformers` measures Transformers in bfloat16 on the same shapes. Where the memory that is free is not enough for
@@ -104,8 +104,8 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     rates += [] if kind == "transformers" else [disk_rate(model)]
-    ring = next((line["bytes"] for line in result["plan"]["lines"] if line["name"].endswith(" buffers")), None)
-    ring_rate = disk_rate(model, ring) if kind == "direct" and ring is not None else None
+    buffers = next((line["bytes"] for line in result["plan"]["lines"] if line["name"].endswith(" buffers")), None)
+    buffer_rate = disk_rate(model, buffers) if kind == "direct" and buffers is not None else None
     # In another process: its buffers must not count as the runtime's memory.
     limits = subprocess.run(
         [sys.executable, "-c", _LIMITS_PROGRAM, str(ROOT), str(arguments.threads), str(int(arguments.realtime))],
@@ -114,7 +114,7 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
         check=True,
     )
     rate = statistics.mean(rates) if rates else None
-    return {"kind": kind, **result, **json.loads(limits.stdout), "disk_rate": rate, "ring_rate": ring_rate}
+    return {"kind": kind, **result, **json.loads(limits.stdout), "disk_rate": rate, "buffer_rate": buffer_rate}
 
 
 def disk_rate(model: Path, buffer_bytes: int = 4 << 20) -> float:
@@ -315,7 +315,7 @@ def table(results: list[dict[str, Any]]) -> str:
         products = result["prefill_tokens_per_second"] * result["weights"]
         first = result["seconds_to_first_token"]
         passes = f" ({first * result['disk_rate'] / weight_bytes:.2f})" if read else ""
-        ring = share(read, result["ring_rate"], " into as much memory as the ring") if result["ring_rate"] else ""
+        filled = share(read, result["buffer_rate"], " into as much memory") if result["buffer_rate"] else ""
         peak = result["peak_resident_bytes"]
         kind = "Transformers, bfloat16" if result["kind"] == "transformers" else result["kind"]
         kind += ", extrapolated" * result.get("extrapolated", False)
@@ -326,7 +326,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{1 / seconds:.2f}",
             f"{seconds:.4f}",
             f"{weights / 1e9:.2f}{share(weights, result['memory_rate'])}",
-            f"{read / 1e9:.2f}{share(read, result['disk_rate'])}{ring}" if read else "-",
+            f"{read / 1e9:.2f}{share(read, result['disk_rate'])}{filled}" if read else "-",
             f"{weight_bytes / 1e6:.0f} of weights" if peak is None else f"{peak / 1e6:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -22,8 +22,8 @@ constexpr int64_t kPageSlack = 2 * kParts * kPageBytes;
 
 // Of units that are not worth dividing further, unless a limit on layers demands it.
 constexpr int64_t kSmallUnitBytes = kMiB / 4;
-// All weights are at least so many times the ring.
-constexpr int64_t kWeightsPerRing = 16;
+// All weights are at least so many times what the buffers hold.
+constexpr int64_t kWeightsPerBuffers = 16;
 
 struct Sizes {
   int64_t max_unit_bytes;
@@ -31,12 +31,13 @@ struct Sizes {
   int64_t prefill_tokens;
 };
 
-// From what is fastest to what is smallest. One unit is computed with while those after it are read: four buffers even
-// out that some take longer to compute than to read. Smaller units cost more reads of a few pages, of their scales and
-// outliers. From some hundred tokens on a pass over the weights takes longer to compute than to read, and longer chunks
-// gain little; from some ten on it takes about as long, and a smaller ring costs more than shorter chunks.
-constexpr Sizes kSizes[] = {{8 * kMiB, 4, 512},     {8 * kMiB, 4, 256}, {8 * kMiB, 4, 128}, {8 * kMiB, 4, 64},
-                            {8 * kMiB, 4, 32},      {4 * kMiB, 4, 32},  {2 * kMiB, 4, 32},  {2 * kMiB, 4, 16},
+// From what is fastest to what is smallest. One unit is computed with while those after it are read: several buffers
+// even out that some take longer to compute than to read. Smaller units cost more reads of a few pages, of their scales
+// and outliers. From some hundred tokens on a pass over the weights takes longer to compute than to read, and longer
+// chunks gain little; from some ten on it takes about as long, and less room to read ahead costs more than shorter
+// chunks.
+constexpr Sizes kSizes[] = {{4 * kMiB, 8, 512},     {4 * kMiB, 8, 256}, {4 * kMiB, 8, 128}, {4 * kMiB, 8, 64},
+                            {4 * kMiB, 8, 32},      {4 * kMiB, 4, 32},  {2 * kMiB, 4, 32},  {2 * kMiB, 4, 16},
                             {kMiB, 4, 16},          {kMiB / 2, 4, 16},  {kMiB / 2, 4, 8},   {kSmallUnitBytes, 2, 8},
                             {kSmallUnitBytes, 2, 1}};
 constexpr int64_t kResidentUnitBytes = 16 * kMiB;
@@ -103,12 +104,12 @@ class Planner {
   Sizes limited(Sizes sizes) const {
     const int64_t wanted = options_.prefill_tokens > 0 ? options_.prefill_tokens : sizes.prefill_tokens;
     sizes.prefill_tokens = std::min({wanted, context_, options_.prefill_tokens > 0 ? context_ : kMaxPrefillTokens});
-    // A larger ring would take the place of weights that could stay, or of a layer.
+    // More would take the place of weights that could stay, or of a layer.
     const int64_t layers = options_.max_layers > 0 ? layer_limit() / options_.max_layers : INT64_MAX;
-    const int64_t ring = std::min(weight_bytes() / kWeightsPerRing, layers);
-    while (sizes.buffers > 2 && ring / sizes.buffers < kSmallUnitBytes) sizes.buffers /= 2;
+    const int64_t most = std::min(weight_bytes() / kWeightsPerBuffers, layers);
+    while (sizes.buffers > 2 && most / sizes.buffers < kSmallUnitBytes) sizes.buffers /= 2;
     if (!options_.prefetch) sizes.buffers = 1;
-    sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max(kSmallUnitBytes, ring / sizes.buffers));
+    sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max(kSmallUnitBytes, most / sizes.buffers));
     // A row tile is the least that can be read, whatever the limit.
     sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layers / sizes.buffers - kPageSlack));
     return sizes;

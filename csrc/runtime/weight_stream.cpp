@@ -139,7 +139,7 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
   int64_t largest = 0;
   for (int unit = 0; unit < count; ++unit) {
     if (is_pinned(unit)) pinned_bytes += units_[unit].buffer_bytes;
-    largest = std::max(largest, ring_bytes_of(unit));
+    largest = std::max(largest, buffer_bytes_of(unit));
   }
   if (pinned_bytes > 0) pinned_memory_ = PageMemory(pinned_bytes, /*huge_pages=*/true);
   std::byte* base = pinned_memory_.data();
@@ -149,10 +149,10 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
   }
   // Twice as many slots as buffers: most units are smaller than the largest.
   slots_.resize(options_.buffers > 1 ? 2 * static_cast<size_t>(options_.buffers) : 1);
-  ring_bytes_ = largest * options_.buffers;
+  buffer_bytes_ = largest * options_.buffers;
   // A direct read into pages of 4 KiB is hundreds of pieces for the disk; into huge ones it is one or two, and with
   // some disks twice as fast.
-  if (ring_bytes_ > 0) ring_ = PageMemory(ring_bytes_, /*huge_pages=*/options_.back_end != BackEnd::kMmap);
+  if (buffer_bytes_ > 0) buffers_ = PageMemory(buffer_bytes_, /*huge_pages=*/options_.back_end != BackEnd::kMmap);
   is_direct_ = options_.back_end != BackEnd::kMmap;
   for (const auto& file : checkpoint_.files()) {
     if (options_.back_end != BackEnd::kMmap) is_direct_ = file->use_direct() && is_direct_;
@@ -266,17 +266,20 @@ void WeightStream::finish(int index, std::byte* base) const {
 
 // ---- reading ahead ----
 
-// Where the next unit finds room behind those in use; -1: nowhere yet.
-int64_t WeightStream::free_ring_offset(int64_t bytes) const {
-  if (occupied_ == 0) return 0;
-  const Slot& newest = slots_[(front_ + occupied_ - 1) % slots_.size()];
-  const int64_t head = slots_[front_].ring_begin;
-  const int64_t tail = newest.ring_end;
-  const bool is_wrapped = newest.ring_begin < head;
-  if (bytes == 0) return tail;
-  if (is_wrapped) return head - tail >= bytes ? tail : -1;
-  if (ring_bytes_ - tail >= bytes) return tail;
-  return head >= bytes ? 0 : -1;
+// The lowest place that has room beside the units in use; -1: none yet. As long as computing keeps up with the disk,
+// few units are in use, and the memory they take turns in stays in a cache, where a disk fills it faster.
+int64_t WeightStream::free_buffer_offset(int64_t bytes) const {
+  int64_t offset = 0;
+  for (bool is_moved = true; is_moved;) {
+    is_moved = false;
+    for (size_t i = 0; i < occupied_; ++i) {
+      const Slot& slot = slots_[(front_ + i) % slots_.size()];
+      if (slot.buffer_begin >= offset + bytes || slot.buffer_end <= offset) continue;
+      offset = slot.buffer_end;
+      is_moved = true;
+    }
+  }
+  return offset + bytes <= buffer_bytes_ ? offset : -1;
 }
 
 bool WeightStream::take_work(Slot** slot, size_t* range) {
@@ -300,18 +303,18 @@ bool WeightStream::take_work(Slot** slot, size_t* range) {
     if (slots_[(front_ + i) % slots_.size()].unit == next_unit_) return false;
   }
   if (options_.buffers == 1 && next_unit_ != wanted_) return false;
-  const int64_t bytes = ring_bytes_of(next_unit_);
-  const int64_t offset = free_ring_offset(bytes);
+  const int64_t bytes = buffer_bytes_of(next_unit_);
+  const int64_t offset = free_buffer_offset(bytes);
   if (offset < 0) return false;
   Slot& fresh = slots_[(front_ + occupied_++) % slots_.size()];
-  fresh.ring_begin = offset;
-  fresh.ring_end = offset + bytes;
+  fresh.buffer_begin = offset;
+  fresh.buffer_end = offset + bytes;
   fresh.unit = next_unit_;
   fresh.state = State::kFilling;
   fresh.done = 0;
   fresh.issued = 1;
   fresh.error = nullptr;
-  fresh.base = is_pinned(fresh.unit) ? pinned_bases_[fresh.unit] : ring_.data() + offset;
+  fresh.base = is_pinned(fresh.unit) ? pinned_bases_[fresh.unit] : buffers_.data() + offset;
   next_unit_ = (next_unit_ + 1) % count;
   *slot = &fresh;
   *range = 0;

@@ -1,9 +1,9 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
 // A unit is one linear, or some row tiles of it. Units at the start of the order may be pinned: they stay in memory
-// after their first use. The others pass through a ring that holds a few of the largest, or more smaller ones (direct),
-// or through the page cache with their pages dropped after use (mmap). Threads of its own read ahead; every unit is
-// checked before it is handed out.
+// after their first use. The others pass through buffers with room for a few of the largest, or more smaller ones: they
+// are read there (direct), or mapped there from the page cache and unmapped after use (mmap). Threads of its own read
+// ahead; every unit is checked before it is handed out.
 #pragma once
 
 #include <condition_variable>
@@ -56,7 +56,7 @@ struct UnitView {
 struct StreamOptions {
   BackEnd back_end = BackEnd::kResident;
   int64_t pinned_units = 0;           // kResident pins all
-  int64_t buffers = 2;                // so many of the largest units fit into the ring; 1: nothing is read ahead
+  int64_t buffers = 2;                // room for so many of the largest units; 1: nothing is read ahead
   std::function<bool()> should_stop;  // asked while waiting for the disk
 };
 
@@ -92,8 +92,8 @@ class WeightStream {
     size_t issued = 0;
     size_t done = 0;
     std::byte* base = nullptr;
-    int64_t ring_begin = 0;  // bytes that the unit occupies
-    int64_t ring_end = 0;
+    int64_t buffer_begin = 0;  // bytes that the unit occupies
+    int64_t buffer_end = 0;
     std::exception_ptr error;
   };
 
@@ -108,8 +108,8 @@ class WeightStream {
   void finish(int unit, std::byte* base) const;
   void read_ahead();
   bool take_work(Slot** slot, size_t* range);
-  int64_t ring_bytes_of(int unit) const { return is_pinned(unit) ? 0 : units_[unit].buffer_bytes; }
-  int64_t free_ring_offset(int64_t bytes) const;
+  int64_t buffer_bytes_of(int unit) const { return is_pinned(unit) ? 0 : units_[unit].buffer_bytes; }
+  int64_t free_buffer_offset(int64_t bytes) const;
   void drain(std::unique_lock<std::mutex>& lock);
 
   const PackedCheckpoint& checkpoint_;
@@ -126,8 +126,8 @@ class WeightStream {
   std::condition_variable progress_;
   // Units are mapped into it, or copied. A mapping of the whole file would not do: the system may map more around a
   // page than was asked for, up to 2 MiB, and that would stay resident.
-  int64_t ring_bytes_ = 0;
-  PageMemory ring_;
+  int64_t buffer_bytes_ = 0;
+  PageMemory buffers_;
   std::vector<Slot> slots_;
   size_t front_ = 0;     // the oldest slot in use
   size_t occupied_ = 0;  // slots in use, from front_ on
