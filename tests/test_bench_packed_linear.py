@@ -47,7 +47,7 @@ def test_bitsandbytes_copies_are_equal_and_apart() -> None:
     assert len({linear.weight.data_ptr() for linear in contender.linears}) == len(contender.linears) > 3
 
 
-def test_a_table_and_the_goals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_the_goals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LIMIT_BYTES", 1 << 20)
     monkeypatch.setattr(bench, "ROUND_SECONDS", 1e-4)
     monkeypatch.setattr(bench.MachineLimits, "multiply_int8", lambda self: 1000)
@@ -65,9 +65,8 @@ def test_a_table_and_the_goals(capsys: pytest.CaptureFixture[str], monkeypatch: 
     least = max(b1["stored_bytes"] / tables[0].bandwidth * 1e3, b1["cached_ms"])
     assert b1["to_f"] == pytest.approx(b1["ms"] / least)
     assert "to_f" not in tables[1].rows["b1"]
-    bench.print_table(tables[0])
-    bench.print_goals(tables, {"b2": 2.0, "F.linear bfloat16": 4.0})
-    printed = capsys.readouterr().out
+    printed = "\n".join(bench.table_lines(tables[0]))
+    printed += "\n".join(bench.goal_lines(tables, {"b2": 2.0, "F.linear bfloat16": 4.0}))
     assert f"| {b1['ms']:.3f} |" in printed and f"| {b1['times_bf16']:.2f} |" in printed
     assert "| one call, 256x256: time / bf16 | ≤ 1.3 | | | 0.50 (2.0 µs) |" in printed
     expected = tables[1].rows["b1"]["ms"] / (4 * b1["ms"])
