@@ -5,8 +5,7 @@
 //
 // Either way the activations are prepared once for a call and then read by all row tiles. Preparing them looks at
 // in_features and column_scales of the weight, and at whether it has one plane: they serve every weight that has the
-// same. Every output element is
-// computed by one thread in one order: results do not depend on how row tiles are split.
+// same. Every output element is computed by one thread in one order: results do not depend on how row tiles are split.
 #pragma once
 
 #include <cstdint>
