@@ -133,8 +133,9 @@ Decoder::Decoder(const PackedCheckpoint& checkpoint, WeightStream& stream, const
   // Units follow each other linear by linear.
   const auto& units = stream_.units();
   for (size_t i = 0; i < units.size(); ++i) {
-    if (units[i].tile_begin == 0) unit_ranges_.push_back({static_cast<int>(i), 0});
-    ++unit_ranges_.back().count;
+    if (units[i].is_tables) continue;
+    if (units[i].tile_begin == 0) linear_units_.emplace_back();
+    linear_units_.back().push_back(static_cast<int>(i));
   }
   const StoredMatrix& embedding = checkpoint_.matrices()[checkpoint_.embedding()];
   if (embedding.is_packed) {
@@ -179,11 +180,12 @@ void Decoder::process(const int32_t* tokens, int64_t count, bool all_logits, flo
 void Decoder::process_chunk(const int32_t* tokens, int64_t count, const std::vector<float>& frequencies,
                             int64_t logit_tokens, float* logits) {
   const int64_t hidden = config_.hidden_size;
+  for (int64_t t = 0; t < count; ++t) expect_embedding(tokens[t]);
   for (int64_t t = 0; t < count; ++t) embed(tokens[t], residual_ + t * hidden);
   turn_positions(count, frequencies);
   for (int64_t index = 0; index < config_.layers; ++index) {
     const StoredLayer& layer = checkpoint_.layers()[index];
-    const UnitRange* units = &unit_ranges_[index * kLinearsPerLayer];
+    const LinearUnits* units = &linear_units_[index * kLinearsPerLayer];
     normalize_rows(layer.attention_norm, residual_, count, normed_);
     linears({{units[0], layer.query, queries_}, {units[1], layer.key, keys_}, {units[2], layer.value, values_}},
             normed_, hidden, count);
@@ -202,7 +204,7 @@ void Decoder::process_chunk(const int32_t* tokens, int64_t count, const std::vec
   if (logit_tokens > 0) {
     const float* last = residual_ + (count - logit_tokens) * hidden;
     normalize_rows(checkpoint_.final_norm(), last, logit_tokens, normed_);
-    linears({{unit_ranges_.back(), checkpoint_.head(), logits}}, normed_, hidden, logit_tokens);
+    linears({{linear_units_.back(), checkpoint_.head(), logits}}, normed_, hidden, logit_tokens);
     check_finite(logits, logit_tokens * config_.vocabulary, "logits");
   }
   length_ += count;
@@ -225,25 +227,39 @@ void Decoder::turn_positions(int64_t count, const std::vector<float>& frequencie
 
 // ---- embedding ----
 
+// The unit that has the row, where the head's weights are the embedding's and stay in memory; -1: none.
+int Decoder::resident_embedding_unit(int32_t token) const {
+  const int embedding = checkpoint_.embedding();
+  if (!checkpoint_.matrices()[embedding].is_packed || checkpoint_.head().matrix != embedding) return -1;
+  const LinearUnits& units = linear_units_.back();
+  const int unit = units[token / kRowsPerTile / stream_.units()[units.front()].tile_end];
+  return stream_.is_resident(unit) ? unit : -1;
+}
+
+// Beside the streamed weights each of these small reads waits for large ones: together they wait once.
+void Decoder::expect_embedding(int32_t token) const {
+  if (resident_embedding_unit(token) >= 0) return;
+  const StoredMatrix& matrix = checkpoint_.matrices()[checkpoint_.embedding()];
+  const int64_t tile = token / kRowsPerTile;
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t bytes = matrix.tile_bytes(static_cast<Part>(part));
+    if (bytes == 0) continue;
+    const StoredTensor& tensor = matrix.parts[part];
+    checkpoint_.files()[tensor.file]->expect(tensor.offset + tile * bytes, bytes);
+  }
+}
+
 void Decoder::embed(int32_t token, float* output) {
   const StoredMatrix& matrix = checkpoint_.matrices()[checkpoint_.embedding()];
-  if (!matrix.is_packed) {
-    read_dense_embedding(token, output);
-  } else if (checkpoint_.head().matrix == checkpoint_.embedding()) {
-    // The head's units are the embedding's rows: use them where they stay in memory.
-    const UnitRange& range = unit_ranges_.back();
-    const int64_t tile = token / kRowsPerTile;
-    const int64_t tiles_per_unit = stream_.units()[range.first].tile_end;
-    const int unit = range.first + static_cast<int>(tile / tiles_per_unit);
-    if (stream_.is_resident(unit)) {
-      const UnitView view = stream_.resident_view(unit);
-      kernels_.codec.dequantize_row(view.packed, token - view.first_row, embedding_scratch_.data(), output,
-                                    ElementType::kFloat32);
-    } else {
-      read_packed_embedding(token, output);
-    }
-  } else {
+  const int unit = resident_embedding_unit(token);
+  if (unit >= 0) {
+    const UnitView view = stream_.resident_view(unit);
+    kernels_.codec.dequantize_row(view.packed, token - view.first_row, embedding_scratch_.data(), output,
+                                  ElementType::kFloat32);
+  } else if (matrix.is_packed) {
     read_packed_embedding(token, output);
+  } else {
+    read_dense_embedding(token, output);
   }
   check_finite(output, config_.hidden_size, matrix.name.c_str());
 }
@@ -323,9 +339,7 @@ void Decoder::linears(std::initializer_list<Application> applications, const flo
   for (const Application& application : applications) {
     const StoredMatrix& matrix = checkpoint_.matrices()[application.linear.matrix];
     is_together = is_together && matrix.is_packed && is_decode(shape_of(matrix), tokens);
-    for (int i = 0; i < application.units.count; ++i) {
-      is_together = is_together && stream_.is_resident(application.units.first + i);
-    }
+    for (const int unit : application.units) is_together = is_together && stream_.is_resident(unit);
   }
   if (!is_together) {
     for (const Application& application : applications) linear(application, input, input_stride, tokens);
@@ -333,8 +347,8 @@ void Decoder::linears(std::initializer_list<Application> applications, const flo
   }
   products_.clear();
   for (const Application& application : applications) {
-    for (int i = 0; i < application.units.count; ++i) {
-      const UnitView view = stream_.resident_view(application.units.first + i);
+    for (const int unit : application.units) {
+      const UnitView view = stream_.resident_view(unit);
       products_.push_back(product_of(view, application.linear, application.output));
     }
   }
@@ -347,9 +361,8 @@ void Decoder::linear(const Application& application, const float* input, int64_t
   const StoredMatrix& matrix = checkpoint_.matrices()[linear.matrix];
   const LinearInput source{input, input_stride, ElementType::kFloat32};
   std::fill(prepared_matrix_.begin(), prepared_matrix_.end(), -1);
-  for (int i = 0; i < application.units.count; ++i) {
+  for (const int unit : application.units) {
     stop_if_asked();
-    const int unit = application.units.first + i;
     const UnitView view = stream_.acquire(unit);
     if (!matrix.is_packed) {
       const float* bias = linear.bias.empty() ? nullptr : linear.bias.data() + view.first_row;
@@ -362,7 +375,7 @@ void Decoder::linear(const Application& application, const float* input, int64_t
       products_.assign(1, product_of(view, linear, application.output));
       decode(source, tokens);
     } else {
-      prefill(product_of(view, linear, application.output), i == 0, source, tokens);
+      prefill(product_of(view, linear, application.output), unit == application.units.front(), source, tokens);
     }
     stream_.release(unit);
   }

@@ -47,14 +47,11 @@ class Decoder {
   void truncate(int64_t length);
 
  private:
-  struct UnitRange {
-    int first;
-    int count;
-  };
+  using LinearUnits = std::vector<int>;  // units of the stream to compute with
 
   // A linear to be applied.
   struct Application {
-    const UnitRange& units;
+    const LinearUnits& units;
     const StoredLinear& linear;
     float* output;  // [tokens, out_features]
   };
@@ -66,6 +63,8 @@ class Decoder {
     LinearOutput output;
   };
 
+  int resident_embedding_unit(int32_t token) const;
+  void expect_embedding(int32_t token) const;
   void embed(int32_t token, float* output);
   void read_packed_embedding(int32_t token, float* output);
   void read_dense_embedding(int32_t token, float* output);
@@ -95,7 +94,7 @@ class Decoder {
   ThreadPool pool_;
   KeyValueCache cache_;
   int64_t length_ = 0;
-  std::vector<UnitRange> unit_ranges_;  // of each linear in the order of execution
+  std::vector<LinearUnits> linear_units_;  // of each linear in the order of execution
 
   // [prefill_tokens] rows of each.
   PageMemory memory_;

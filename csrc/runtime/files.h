@@ -57,7 +57,8 @@ class DataFile {
   // Throws when size, modification time or identity are not those of the start.
   void check_unchanged() const;
 
-  // Through the page cache.
+  // Through the page cache. expect() tells the system of a read that follows: several are then read at once.
+  void expect(int64_t offset, int64_t bytes) const;
   void read(int64_t offset, int64_t bytes, void* target) const;
 
   // From here on read_pages() bypasses the page cache where the file system can do that; the answer.

@@ -31,16 +31,19 @@ struct Sizes {
   int64_t prefill_tokens;
 };
 
-// From what is fastest to what is smallest. One unit is computed with while those after it are read: several buffers
-// even out that some take longer to compute than to read. Smaller units cost more reads of a few pages, of their scales
-// and outliers. From some hundred tokens on a pass over the weights takes longer to compute than to read, and longer
-// chunks gain little; from some ten on it takes about as long, and less room to read ahead costs more than shorter
-// chunks.
-constexpr Sizes kSizes[] = {{4 * kMiB, 8, 512},     {4 * kMiB, 8, 256}, {4 * kMiB, 8, 128}, {4 * kMiB, 8, 64},
-                            {4 * kMiB, 8, 32},      {4 * kMiB, 4, 32},  {2 * kMiB, 4, 32},  {2 * kMiB, 4, 16},
-                            {kMiB, 4, 16},          {kMiB / 2, 4, 16},  {kMiB / 2, 4, 8},   {kSmallUnitBytes, 2, 8},
+// From what is fastest to what is smallest. A unit's memory is free only when its computation ends: with many small ones
+// little of the buffers lies idle, and a computation that waits for the disk stays in few megabytes. A unit of 2 MiB is
+// one read; smaller ones would be more reads. From some hundred tokens on a pass over the weights takes longer to
+// compute than to read, and longer chunks gain little; from some ten on it takes about as long, and less room to read
+// ahead costs more than shorter chunks.
+constexpr Sizes kSizes[] = {{2 * kMiB, 16, 512}, {2 * kMiB, 16, 256}, {2 * kMiB, 16, 128}, {2 * kMiB, 16, 64},
+                            {2 * kMiB, 16, 32},  {2 * kMiB, 8, 32},   {kMiB, 8, 32},       {kMiB, 8, 16},
+                            {kMiB, 4, 16},       {kMiB / 2, 4, 16},   {kMiB / 2, 4, 8},    {kSmallUnitBytes, 2, 8},
                             {kSmallUnitBytes, 2, 1}};
 constexpr int64_t kResidentUnitBytes = 16 * kMiB;
+
+// stream_buffer_bytes() is at most so many of the largest units: tables are half as large as the units that need them.
+int64_t buffer_units(int64_t buffers) { return buffers == 1 ? 2 : std::max<int64_t>(buffers, 3); }
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");
@@ -111,7 +114,8 @@ class Planner {
     if (!options_.prefetch) sizes.buffers = 1;
     sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max(kSmallUnitBytes, most / sizes.buffers));
     // A row tile is the least that can be read, whatever the limit.
-    sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layers / sizes.buffers - kPageSlack));
+    sizes.max_unit_bytes =
+        std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layers / buffer_units(sizes.buffers) - kPageSlack));
     return sizes;
   }
 
@@ -157,12 +161,8 @@ class Planner {
     const std::vector<WeightUnit> units = make_units(checkpoint_, plan.max_unit_bytes);
     plan.unit_count = static_cast<int64_t>(units.size());
     plan.weight_bytes = plan.streamed_bytes = weight_bytes();
-    int64_t largest = 0;
     int64_t all = 0;
-    for (const WeightUnit& unit : units) {
-      largest = std::max(largest, unit.buffer_bytes);
-      all += unit.buffer_bytes;
-    }
+    for (const WeightUnit& unit : units) all += unit.buffer_bytes;
     const DecoderBytes decoder = Decoder::bytes(checkpoint_, kernels_, decoder_options(options_, plan));
     const ModelConfig& config = checkpoint_.config();
     plan.lines = {
@@ -179,7 +179,8 @@ class Planner {
       plan.lines.push_back({"weights, all", all});
     } else {
       plan.lines.push_back(
-          {join("weights, ", plan.buffers, plan.buffers == 1 ? " buffer" : " buffers"), plan.buffers * largest});
+          {join("weights, ", plan.buffers, plan.buffers == 1 ? " buffer" : " buffers"),
+           stream_buffer_bytes(units, /*first_unit=*/0, plan.buffers)});
     }
     plan.total_bytes = sum(plan.lines);
     return plan;

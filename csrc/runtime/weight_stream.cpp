@@ -14,6 +14,8 @@ constexpr int64_t kReadBytes = int64_t{2} << 20;
 constexpr int kReaderThreads = 4;
 // Parts closer together than this in the file are read with what lies between them.
 constexpr int64_t kMergeBytes = int64_t{64} << 10;
+constexpr int64_t kUnitsPerTable = 2;  // the bytes of a unit are at least so many times those of its tables
+constexpr size_t kMaxSlots = 64;
 constexpr std::chrono::milliseconds kStopInterval{50};
 
 constexpr int64_t kElementBytes[kParts] = {4, 2, 2, 2, 2, 2, 1};
@@ -50,36 +52,63 @@ void place_parts(WeightUnit& unit) {
     unit.buffer_bytes += page_ceiling(unit.parts[part].bytes);
   }
   for (const PageRange& range : ranges) {
-    for (int64_t done = 0; done < range.bytes; done += kReadBytes) {
+    // Equal pieces: a last read of a few pages would take almost as long as the others.
+    const int64_t pieces = std::max<int64_t>(1, (range.bytes + kReadBytes / 2) / kReadBytes);
+    const int64_t piece = page_ceiling((range.bytes + pieces - 1) / pieces);
+    for (int64_t done = 0; done < range.bytes; done += piece) {
       unit.reads.push_back(
-          {range.file, range.offset + done, std::min(kReadBytes, range.bytes - done), range.buffer_offset + done});
+          {range.file, range.offset + done, std::min(piece, range.bytes - done), range.buffer_offset + done});
     }
   }
 }
 
+// The parts for which `is_wanted` of some row tiles.
+template <typename IsWanted>
+WeightUnit make_unit(const StoredMatrix& matrix, int index, int64_t tile_begin, int64_t tile_end, IsWanted is_wanted) {
+  WeightUnit unit{};
+  unit.matrix = index;
+  unit.tile_begin = tile_begin;
+  unit.tile_end = tile_end;
+  unit.tables = -1;
+  for (int part = 0; part < kParts; ++part) {
+    const StoredTensor& whole = matrix.parts[part];
+    if (whole.file < 0 || whole.bytes == 0 || !is_wanted(part)) continue;
+    const int64_t stride = matrix.tile_bytes(static_cast<Part>(part));
+    // A dense matrix may end within its last tile.
+    const int64_t first = stride * tile_begin;
+    const int64_t bytes = stride == 0 ? whole.bytes : std::min(stride * tile_end, whole.bytes) - first;
+    unit.parts[part] = {whole.file, whole.offset + first, bytes};
+  }
+  place_parts(unit);
+  return unit;
+}
+
 void add_units(const StoredMatrix& matrix, int index, int64_t max_bytes, std::vector<WeightUnit>& units) {
-  int64_t tile_bytes = 0;
-  for (int part = 0; part < kParts; ++part) tile_bytes += matrix.tile_bytes(static_cast<Part>(part));
   const int64_t tiles = matrix.row_tiles();
-  const int64_t tiles_at_most = std::max<int64_t>(1, max_bytes / std::max<int64_t>(tile_bytes, 1));
+  const int64_t sign_bytes = std::max<int64_t>(1, matrix.tile_bytes(kSigns));
+  int64_t table_bytes = 0;
+  for (int part = kSigns + 1; part < kParts; ++part) table_bytes += matrix.tile_bytes(static_cast<Part>(part));
+  if (tiles * (sign_bytes + table_bytes) <= max_bytes) {
+    units.push_back(make_unit(matrix, index, 0, tiles, [](int) { return true; }));
+    return;
+  }
+  const int64_t tiles_at_most = std::max<int64_t>(1, max_bytes / sign_bytes);
   const int64_t pieces = (tiles + tiles_at_most - 1) / tiles_at_most;
   const int64_t tiles_per_unit = (tiles + pieces - 1) / pieces;
-  for (int64_t begin = 0; begin < tiles; begin += tiles_per_unit) {
-    WeightUnit unit{};
-    unit.matrix = index;
-    unit.tile_begin = begin;
-    unit.tile_end = std::min(tiles, begin + tiles_per_unit);
-    for (int part = 0; part < kParts; ++part) {
-      const StoredTensor& whole = matrix.parts[part];
-      if (whole.file < 0 || whole.bytes == 0) continue;
-      const int64_t stride = matrix.tile_bytes(static_cast<Part>(part));
-      // A dense matrix may end within its last tile.
-      const int64_t first = stride * begin;
-      const int64_t bytes = stride == 0 ? whole.bytes : std::min(stride * unit.tile_end, whole.bytes) - first;
-      unit.parts[part] = {whole.file, whole.offset + first, bytes};
+  // Tables stay as long as they are used: they may take some of the room, not most of it.
+  const int64_t units_per_table =
+      std::max<int64_t>(1, max_bytes / kUnitsPerTable / std::max<int64_t>(1, table_bytes * tiles_per_unit));
+  int tables = -1;
+  for (int64_t begin = 0, piece = 0; begin < tiles; begin += tiles_per_unit, ++piece) {
+    if (matrix.is_packed && piece % units_per_table == 0) {
+      const int64_t end = std::min(tiles, begin + units_per_table * tiles_per_unit);
+      tables = static_cast<int>(units.size());
+      units.push_back(make_unit(matrix, index, begin, end, [](int part) { return part != kSigns; }));
+      units.back().is_tables = true;
     }
-    place_parts(unit);
-    units.push_back(std::move(unit));
+    const int64_t end = std::min(tiles, begin + tiles_per_unit);
+    units.push_back(make_unit(matrix, index, begin, end, [](int part) { return part == kSigns; }));
+    units.back().tables = tables;
   }
 }
 
@@ -126,33 +155,43 @@ int64_t unit_bytes(const WeightUnit& unit) {
   return total;
 }
 
+int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t first_unit, int64_t buffers) {
+  int64_t largest = 0;
+  int64_t largest_with_tables = 0;
+  for (size_t i = static_cast<size_t>(first_unit); i < units.size(); ++i) {
+    const WeightUnit& unit = units[i];
+    const int64_t tables = unit.tables < 0 ? 0 : units[static_cast<size_t>(unit.tables)].buffer_bytes;
+    largest = std::max(largest, unit.buffer_bytes);
+    largest_with_tables = std::max(largest_with_tables, unit.buffer_bytes + tables);
+  }
+  // With tables anywhere in twice the room, their unit fits on one side of them.
+  return std::max(largest * buffers, largest_with_tables * (buffers > 1 ? 2 : 1));
+}
+
 WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<WeightUnit> units, StreamOptions options)
     : checkpoint_(checkpoint),
       units_(std::move(units)),
       options_(std::move(options)),
-      resident_(units_.size(), nullptr) {
+      resident_(units_.size(), nullptr),
+      placement_(0, false) {
   const int count = static_cast<int>(units_.size());
   pinned_units_ = options_.back_end == BackEnd::kResident
                       ? count
                       : static_cast<int>(std::min<int64_t>(count, options_.pinned_units));
   int64_t pinned_bytes = 0;
-  int64_t largest = 0;
-  for (int unit = 0; unit < count; ++unit) {
-    if (is_pinned(unit)) pinned_bytes += units_[unit].buffer_bytes;
-    largest = std::max(largest, buffer_bytes_of(unit));
-  }
+  for (int unit = 0; unit < pinned_units_; ++unit) pinned_bytes += units_[unit].buffer_bytes;
   if (pinned_bytes > 0) pinned_memory_ = PageMemory(pinned_bytes, /*huge_pages=*/true);
   std::byte* base = pinned_memory_.data();
   for (int unit = 0; unit < pinned_units_; ++unit) {
     pinned_bases_.push_back(base);
     base += units_[unit].buffer_bytes;
   }
-  // Twice as many slots as buffers: most units are smaller than the largest.
-  slots_.resize(options_.buffers > 1 ? 2 * static_cast<size_t>(options_.buffers) : 1);
-  buffer_bytes_ = largest * options_.buffers;
+  const int64_t buffer_bytes = stream_buffer_bytes(units_, pinned_units_, options_.buffers);
   // A direct read into pages of 4 KiB is hundreds of pieces for the disk; into huge ones it is one or two, and with
   // some disks twice as fast.
-  if (buffer_bytes_ > 0) buffers_ = PageMemory(buffer_bytes_, /*huge_pages=*/options_.back_end != BackEnd::kMmap);
+  if (buffer_bytes > 0) buffers_ = PageMemory(buffer_bytes, /*huge_pages=*/options_.back_end != BackEnd::kMmap);
+  placement_ =
+      BufferPlacement(buffer_bytes, /*may_choose=*/options_.back_end != BackEnd::kMmap && options_.buffers > 1);
   is_direct_ = options_.back_end != BackEnd::kMmap;
   for (const auto& file : checkpoint_.files()) {
     if (options_.back_end != BackEnd::kMmap) is_direct_ = file->use_direct() && is_direct_;
@@ -174,13 +213,18 @@ int64_t WeightStream::bytes_read() const {
   return bytes_read_;
 }
 
-UnitView WeightStream::view(int index, const std::byte* base) const {
+UnitView WeightStream::view(int index, const std::byte* base, const std::byte* tables_base) const {
   const WeightUnit& unit = units_[index];
   const StoredMatrix& matrix = checkpoint_.matrices()[unit.matrix];
+  const auto address_in = [](const WeightUnit& holder, const std::byte* memory, Part part) -> const std::byte* {
+    if (holder.parts[part].file < 0) return nullptr;
+    return memory + (holder.aligned_offsets[part] >= 0 ? holder.aligned_offsets[part] : holder.buffer_offsets[part]);
+  };
   const auto address = [&](Part part) -> const void* {
-    const StoredTensor& tensor = unit.parts[part];
-    if (tensor.file < 0) return nullptr;
-    return base + (unit.aligned_offsets[part] >= 0 ? unit.aligned_offsets[part] : unit.buffer_offsets[part]);
+    if (unit.tables < 0 || part == kSigns) return address_in(unit, base, part);
+    const WeightUnit& tables = units_[unit.tables];
+    const std::byte* const begin = address_in(tables, tables_base, part);
+    return begin == nullptr ? nullptr : begin + (unit.tile_begin - tables.tile_begin) * matrix.tile_bytes(part);
   };
   UnitView view{};
   view.first_row = unit.tile_begin * kRowsPerTile;
@@ -210,8 +254,9 @@ UnitView WeightStream::view(int index, const std::byte* base) const {
 void WeightStream::check(int index, const std::byte* base) const {
   const WeightUnit& unit = units_[index];
   const StoredMatrix& matrix = checkpoint_.matrices()[unit.matrix];
-  if (!matrix.is_packed) return;
-  const UnitView view = this->view(index, base);
+  // Signs may be anything.
+  if (!matrix.is_packed || unit.tables >= 0) return;
+  const UnitView view = this->view(index, base, /*tables_base=*/nullptr);
   const PackedWeightView& packed = view.packed;
   const auto check_halves = [&](const char* name, const uint16_t* halves, int64_t per_tile, bool allow_negative) {
     if (halves == nullptr) return;
@@ -220,7 +265,7 @@ void WeightStream::check(int index, const std::byte* base) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = i / (per_tile * kRowsPerTile) * kRowsPerTile + i % kRowsPerTile;
       if (row >= view.rows || (is_finite_half(halves[i]) && (allow_negative || halves[i] <= 0x8000u))) continue;
-      fail(ErrorKind::kCheckpoint, checkpoint_.files()[unit.parts[kSigns].file]->path(), ": tensor ", matrix.name, ".",
+      fail(ErrorKind::kCheckpoint, checkpoint_.files()[matrix.parts[kSigns].file]->path(), ": tensor ", matrix.name, ".",
            name, ": expected finite values", allow_negative ? "" : " of at least 0", ", got the float16 bits ",
            halves[i], " at row ", view.first_row + row);
     }
@@ -230,7 +275,7 @@ void WeightStream::check(int index, const std::byte* base) const {
   check_halves("means", packed.means, 1, /*allow_negative=*/true);
   if (packed.column_scales != nullptr &&
       !are_halves_valid(packed.column_scales, packed.in_features, /*allow_negative=*/true)) {
-    fail(ErrorKind::kCheckpoint, checkpoint_.files()[unit.parts[kSigns].file]->path(), ": tensor ", matrix.name,
+    fail(ErrorKind::kCheckpoint, checkpoint_.files()[matrix.parts[kSigns].file]->path(), ": tensor ", matrix.name,
          ".column_scales: expected finite values");
   }
   const int64_t columns = packed.row_tiles * packed.outliers * kRowsPerTile;
@@ -238,7 +283,7 @@ void WeightStream::check(int index, const std::byte* base) const {
   for (int64_t i = 0; i < columns; ++i) {
     const int64_t row = i / (packed.outliers * kRowsPerTile) * kRowsPerTile + i % kRowsPerTile;
     if (row >= view.rows || packed.outlier_columns[i] < packed.in_features) continue;
-    fail(ErrorKind::kCheckpoint, checkpoint_.files()[unit.parts[kSigns].file]->path(), ": tensor ", matrix.name,
+    fail(ErrorKind::kCheckpoint, checkpoint_.files()[matrix.parts[kSigns].file]->path(), ": tensor ", matrix.name,
          ".outlier_columns: expected columns below ", packed.in_features, ", got ", packed.outlier_columns[i],
          " at row ", view.first_row + row);
   }
@@ -266,59 +311,55 @@ void WeightStream::finish(int index, std::byte* base) const {
 
 // ---- reading ahead ----
 
-// The lowest place that has room beside the units in use; -1: none yet. As long as computing keeps up with the disk,
-// few units are in use, and the memory they take turns in stays in a cache, where a disk fills it faster.
-int64_t WeightStream::free_buffer_offset(int64_t bytes) const {
-  int64_t offset = 0;
-  for (bool is_moved = true; is_moved;) {
-    is_moved = false;
-    for (size_t i = 0; i < occupied_; ++i) {
-      const Slot& slot = slots_[(front_ + i) % slots_.size()];
-      if (slot.buffer_begin >= offset + bytes || slot.buffer_end <= offset) continue;
-      offset = slot.buffer_end;
-      is_moved = true;
-    }
-  }
-  return offset + bytes <= buffer_bytes_ ? offset : -1;
-}
-
 bool WeightStream::take_work(Slot** slot, size_t* range) {
-  for (size_t i = 0; i < occupied_; ++i) {
-    Slot& candidate = slots_[(front_ + i) % slots_.size()];
+  for (Slot& candidate : slots_) {
     if (candidate.state != State::kFilling || candidate.issued == units_[candidate.unit].reads.size()) continue;
     *slot = &candidate;
     *range = candidate.issued++;
     return true;
   }
-  if (is_paused_ || occupied_ == slots_.size()) return false;
-  const int count = static_cast<int>(units_.size());
-  int skipped = 0;
-  while (skipped < count && resident_[next_unit_] != nullptr) {
-    next_unit_ = (next_unit_ + 1) % count;
-    ++skipped;
-  }
-  if (skipped == count) return false;
-  for (size_t i = 0; i < occupied_; ++i) {
-    // The order came round to a unit that is still in use: a pass of fewer units than there are slots.
-    if (slots_[(front_ + i) % slots_.size()].unit == next_unit_) return false;
-  }
-  if (options_.buffers == 1 && next_unit_ != wanted_) return false;
-  const int64_t bytes = buffer_bytes_of(next_unit_);
-  const int64_t offset = free_buffer_offset(bytes);
-  if (offset < 0) return false;
-  Slot& fresh = slots_[(front_ + occupied_++) % slots_.size()];
-  fresh.buffer_begin = offset;
-  fresh.buffer_end = offset + bytes;
-  fresh.unit = next_unit_;
-  fresh.state = State::kFilling;
-  fresh.done = 0;
-  fresh.issued = 1;
-  fresh.error = nullptr;
-  fresh.base = is_pinned(fresh.unit) ? pinned_bases_[fresh.unit] : buffers_.data() + offset;
-  next_unit_ = (next_unit_ + 1) % count;
-  *slot = &fresh;
-  *range = 0;
+  if (!add_slot()) return false;
+  *slot = &slots_.back();
+  *range = slots_.back().issued++;
   return true;
+}
+
+// For the next unit, if there is one to read and room for it.
+bool WeightStream::add_slot() {
+  if (is_paused_ || slots_.size() >= kMaxSlots) return false;
+  const int unit = next_to_read();
+  if (unit < 0 || (options_.buffers == 1 && unit != wanted_)) return false;
+  std::vector<BufferRange> used;
+  for (const Slot& other : slots_) {
+    // The order came round to a unit that is still in use: a pass of few units.
+    if (other.unit == unit) return false;
+    used.push_back(other.place);
+  }
+  Slot slot{};
+  slot.unit = unit;
+  if (is_pinned(unit)) {
+    slot.base = pinned_bases_[unit];
+  } else {
+    const int64_t bytes = units_[unit].buffer_bytes;
+    const int64_t begin = placement_.place(bytes, used);
+    if (begin < 0) return false;
+    slot.place = {begin, begin + bytes};
+    slot.base = buffers_.data() + begin;
+    placement_.take(slot.place);
+  }
+  slots_.push_back(slot);
+  next_unit_ = (unit + 1) % static_cast<int>(units_.size());
+  return true;
+}
+
+// The first unit from next_unit_ on that is not resident; -1: all are.
+int WeightStream::next_to_read() const {
+  const int count = static_cast<int>(units_.size());
+  for (int i = 0; i < count; ++i) {
+    const int unit = (next_unit_ + i) % count;
+    if (resident_[unit] == nullptr) return unit;
+  }
+  return -1;
 }
 
 void WeightStream::read_ahead() {
@@ -333,6 +374,7 @@ void WeightStream::read_ahead() {
     const int unit = slot->unit;
     const PageRange& range = units_[unit].reads[index];
     std::byte* const base = slot->base;
+    if (reads_in_flight_++ == 0) placement_.begin_reads(BufferPlacement::Clock::now());
     lock.unlock();
     std::exception_ptr error;
     try {
@@ -342,6 +384,9 @@ void WeightStream::read_ahead() {
     }
     lock.lock();
     bytes_read_ += range.bytes;
+    const auto now = BufferPlacement::Clock::now();
+    placement_.count_read(range.bytes, now);
+    if (--reads_in_flight_ == 0) placement_.end_reads(now);
     if (error != nullptr && slot->error == nullptr) slot->error = error;
     if (++slot->done < units_[unit].reads.size()) continue;
     if (slot->error == nullptr) {
@@ -359,34 +404,42 @@ void WeightStream::read_ahead() {
   }
 }
 
-// Forgets what was read ahead.
-void WeightStream::drain(std::unique_lock<std::mutex>& lock) {
+// Forgets what was read ahead, but for one unit.
+void WeightStream::drain(int kept_unit, std::unique_lock<std::mutex>& lock) {
   is_paused_ = true;
-  const auto is_idle = [&] {
-    for (size_t i = 0; i < occupied_; ++i) {
-      const Slot& slot = slots_[(front_ + i) % slots_.size()];
-      if (slot.state == State::kFilling) return false;
-    }
-    return true;
-  };
   // Ranges that no thread has taken yet are taken still: a slot is short.
-  progress_.wait(lock, is_idle);
-  for (size_t i = 0; i < occupied_; ++i) {
-    const Slot& slot = slots_[(front_ + i) % slots_.size()];
-    if (uses_mapping(slot.unit)) PageMemory::reset(slot.base, units_[slot.unit].buffer_bytes);
+  progress_.wait(lock, [&] {
+    return std::all_of(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.state == State::kReady; });
+  });
+  for (auto slot = slots_.begin(); slot != slots_.end();) {
+    const auto next = std::next(slot);
+    if (slot->unit != kept_unit) forget(slot);
+    slot = next;
   }
-  occupied_ = 0;
+  is_paused_ = false;
 }
 
-UnitView WeightStream::acquire(int unit) {
-  if (resident_[unit] != nullptr) return view(unit, resident_[unit]);
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (occupied_ > 0 && slots_[front_].unit != unit) drain(lock);
-  if (occupied_ == 0) next_unit_ = unit;
+void WeightStream::forget(std::list<Slot>::iterator slot) {
+  if (uses_mapping(slot->unit)) PageMemory::reset(slot->base, units_[slot->unit].buffer_bytes);
+  slots_.erase(slot);
+}
+
+// The memory of a unit, beside that of its tables.
+std::byte* WeightStream::wait_for(int unit, int tables, std::unique_lock<std::mutex>& lock) {
+  if (resident_[unit] != nullptr) return resident_[unit];
+  auto slot = slots_.begin();
+  if (slot != slots_.end() && slot->unit == tables) ++slot;
   wanted_ = unit;
-  is_paused_ = false;
+  if (slot == slots_.end() || slot->unit != unit) {
+    if (slot != slots_.end() || next_to_read() != unit) {
+      drain(tables, lock);
+      next_unit_ = unit;
+    }
+    add_slot();
+    slot = std::prev(slots_.end());
+  }
   work_.notify_all();
-  const auto is_ready = [&] { return occupied_ > 0 && slots_[front_].state == State::kReady; };
+  const auto is_ready = [&] { return slot->state == State::kReady; };
   if (!is_ready()) {
     const auto start = std::chrono::steady_clock::now();
     while (!progress_.wait_for(lock, kStopInterval, is_ready)) {
@@ -394,27 +447,37 @@ UnitView WeightStream::acquire(int unit) {
     }
     seconds_waited_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
-  Slot& slot = slots_[front_];
-  if (slot.error != nullptr) {
-    const std::exception_ptr error = slot.error;
-    drain(lock);
+  if (slot->error != nullptr) {
+    const std::exception_ptr error = slot->error;
+    drain(/*kept_unit=*/-1, lock);
     std::rethrow_exception(error);
   }
-  return view(unit, slot.base);
+  return slot->base;
+}
+
+UnitView WeightStream::acquire(int unit) {
+  if (is_resident(unit)) return resident_view(unit);
+  std::unique_lock<std::mutex> lock(mutex_);
+  const int tables = units_[unit].tables;
+  const std::byte* const tables_base = tables < 0 ? nullptr : wait_for(tables, /*tables=*/-1, lock);
+  return view(unit, wait_for(unit, tables, lock), tables_base);
 }
 
 void WeightStream::release(int unit) {
-  if (resident_[unit] != nullptr) return;
+  if (is_resident(unit)) return;
   const std::unique_lock<std::mutex> lock(mutex_);
-  Slot& slot = slots_[front_];
-  if (is_pinned(unit)) {
-    resident_[unit] = slot.base;
-  } else if (uses_mapping(unit)) {
-    PageMemory::reset(slot.base, units_[unit].buffer_bytes);
-  }
-  front_ = (front_ + 1) % slots_.size();
-  --occupied_;
+  retire(unit);
+  const int tables = units_[unit].tables;
+  const bool is_last = static_cast<size_t>(unit) + 1 == units_.size() || units_[unit + 1].tables != tables;
+  if (tables >= 0 && is_last) retire(tables);
   work_.notify_all();
+}
+
+void WeightStream::retire(int unit) {
+  const auto slot = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& other) { return other.unit == unit; });
+  if (slot == slots_.end()) return;
+  if (is_pinned(unit)) resident_[unit] = slot->base;
+  forget(slot);
 }
 
 }  // namespace loop_singular_bit::runtime

@@ -1,19 +1,22 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
-// A unit is one linear, or some row tiles of it. Units at the start of the order may be pinned: they stay in memory
-// after their first use. The others pass through buffers with room for a few of the largest, or more smaller ones: they
-// are read there (direct), or mapped there from the page cache and unmapped after use (mmap). Threads of its own read
-// ahead; every unit is checked before it is handed out.
+// A unit is one linear; of a large one it is the signs of some row tiles, and the scales and outliers of all of them, or
+// of many, are a unit of their own before them: so a pass is few reads. Units at the start of the order may be pinned:
+// they stay in memory after their first use. The others pass through buffers with room for a few of the largest, or more
+// smaller ones: they are read there (direct), or mapped there from the page cache and unmapped after use (mmap). Threads
+// of its own read ahead; every unit is checked before it is handed out.
 #pragma once
 
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <list>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "buffer_placement.h"
 #include "packed_checkpoint.h"
 #include "packed_weight_view.h"
 
@@ -32,19 +35,24 @@ struct WeightUnit {
   int matrix;
   int64_t tile_begin;
   int64_t tile_end;
-  std::array<StoredTensor, kParts> parts;      // the slices of these tiles
+  std::array<StoredTensor, kParts> parts;      // the slices of these tiles; only those that are read with this unit
   std::array<int64_t, kParts> buffer_offsets;  // of the parts
   std::array<int64_t, kParts>
       aligned_offsets;  // where a part must be copied for its elements to be aligned; -1: nowhere
   std::vector<PageRange> reads;
   int64_t buffer_bytes;
   bool needs_copy;  // some part is not aligned in the file
+  int tables;       // the unit before this one that holds all parts but the signs; -1: they are here
+  bool is_tables;   // of the units after this one: nothing to compute with
 };
 
 // The units of one forward pass, none larger than max_bytes unless one row tile is.
 std::vector<WeightUnit> make_units(const PackedCheckpoint& checkpoint, int64_t max_bytes);
 
 int64_t unit_bytes(const WeightUnit& unit);  // in the file
+
+// Of memory for the units from first_unit on to pass through: `buffers` of the largest. 1: nothing is read ahead.
+int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t first_unit, int64_t buffers);
 
 struct UnitView {
   PackedWeightView packed;  // of a packed matrix: of these row tiles only
@@ -56,7 +64,7 @@ struct UnitView {
 struct StreamOptions {
   BackEnd back_end = BackEnd::kResident;
   int64_t pinned_units = 0;           // kResident pins all
-  int64_t buffers = 2;                // room for so many of the largest units; 1: nothing is read ahead
+  int64_t buffers = 2;                // see stream_buffer_bytes()
   std::function<bool()> should_stop;  // asked while waiting for the disk
 };
 
@@ -69,14 +77,20 @@ class WeightStream {
 
   const std::vector<WeightUnit>& units() const { return units_; }
 
-  // Waits until the unit is in memory and checked. One unit is held at a time; units are asked for in ascending order,
-  // and from the start again: any other order works as well, but waits. Throws Error.
+  // Waits until the unit, and its tables, are in memory and checked. One unit is held at a time; units but tables are
+  // asked for in ascending order, and from the start again: any other order works as well, but waits. Throws Error.
   UnitView acquire(int unit);
   void release(int unit);
 
-  // Whether the unit stays in memory; its view.
-  bool is_resident(int unit) const { return resident_[unit] != nullptr; }
-  UnitView resident_view(int unit) const { return view(unit, resident_[unit]); }
+  // Whether the unit and its tables stay in memory; its view.
+  bool is_resident(int unit) const {
+    const int tables = units_[unit].tables;
+    return resident_[unit] != nullptr && (tables < 0 || resident_[tables] != nullptr);
+  }
+  UnitView resident_view(int unit) const {
+    const int tables = units_[unit].tables;
+    return view(unit, resident_[unit], tables < 0 ? nullptr : resident_[tables]);
+  }
 
   int64_t bytes_read() const;
   double seconds_waited() const { return seconds_waited_; }
@@ -92,8 +106,7 @@ class WeightStream {
     size_t issued = 0;
     size_t done = 0;
     std::byte* base = nullptr;
-    int64_t buffer_begin = 0;  // bytes that the unit occupies
-    int64_t buffer_end = 0;
+    BufferRange place;  // empty: pinned
     std::exception_ptr error;
   };
 
@@ -102,15 +115,18 @@ class WeightStream {
     return options_.back_end == BackEnd::kMmap && !units_[unit].needs_copy && !is_pinned(unit);
   }
   bool is_pinned(int unit) const { return unit < pinned_units_; }
-  UnitView view(int unit, const std::byte* base) const;
+  UnitView view(int unit, const std::byte* base, const std::byte* tables_base) const;
   void check(int unit, const std::byte* base) const;
   void read_range(int unit, const PageRange& range, std::byte* base) const;
   void finish(int unit, std::byte* base) const;
   void read_ahead();
   bool take_work(Slot** slot, size_t* range);
-  int64_t buffer_bytes_of(int unit) const { return is_pinned(unit) ? 0 : units_[unit].buffer_bytes; }
-  int64_t free_buffer_offset(int64_t bytes) const;
-  void drain(std::unique_lock<std::mutex>& lock);
+  bool add_slot();
+  int next_to_read() const;
+  std::byte* wait_for(int unit, int tables, std::unique_lock<std::mutex>& lock);
+  void drain(int kept_unit, std::unique_lock<std::mutex>& lock);
+  void forget(std::list<Slot>::iterator slot);
+  void retire(int unit);
 
   const PackedCheckpoint& checkpoint_;
   const std::vector<WeightUnit> units_;
@@ -126,11 +142,10 @@ class WeightStream {
   std::condition_variable progress_;
   // Units are mapped into it, or copied. A mapping of the whole file would not do: the system may map more around a
   // page than was asked for, up to 2 MiB, and that would stay resident.
-  int64_t buffer_bytes_ = 0;
   PageMemory buffers_;
-  std::vector<Slot> slots_;
-  size_t front_ = 0;     // the oldest slot in use
-  size_t occupied_ = 0;  // slots in use, from front_ on
+  BufferPlacement placement_;
+  std::list<Slot> slots_;  // units in the order of execution that are being read, or are there
+  int reads_in_flight_ = 0;
   int next_unit_ = 0;
   int wanted_ = -1;
   bool is_paused_ = false;
