@@ -30,13 +30,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from native_generation import drop_from_cache, use_realtime
+
+from loop_singular_bit.local_models import weight_files
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 _LIMIT_BYTES = 256 << 20
 _READ_BYTES = 4 << 30
 _ROUNDS = 8
-_FIRST_PROMPT_TOKENS = 16
 _TRANSFORMERS_LAYERS = (2, 6)
 _MEMORY_SHARE = 0.8  # of what is free, for a whole model
 
@@ -59,8 +61,7 @@ def main() -> None:
     parser.add_argument("--child", metavar="OPTIONS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        options = json.loads(arguments.child)
-        print(json.dumps(measure_transformers(options) if options["kind"] == "transformers" else measure(options)))
+        print(json.dumps(measure_transformers(json.loads(arguments.child))))
         return
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or make_small(Path(directory))
@@ -98,12 +99,18 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
         "threads": arguments.threads,
         "realtime": arguments.realtime,
     }
-    rates = [] if kind == "transformers" else [disk_rate(model)]
+    is_native = kind != "transformers"
+    rates = [disk_rate(model)] if is_native else []
+    if kind == "direct":
+        drop_from_cache(weight_files(model))  # rows of the embedding are read through it
+    program = [str(ROOT / "benchmarks" / "native_generation.py")] if is_native else [__file__, "--child"]
     options["spawned"] = time.monotonic()
-    command = [sys.executable, __file__, "--child", json.dumps(options)]
+    command = [sys.executable, *program, json.dumps(options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    rates += [] if kind == "transformers" else [disk_rate(model)]
+    result: dict[str, Any] = {"weights": packed_weights(model), **json.loads(done.stdout)}
+    if is_native:
+        rates.append(disk_rate(model))
+        result["decode_seconds"] = statistics.median(result["token_seconds"])
     buffers = next((line["bytes"] for line in result["plan"]["lines"] if line["name"].endswith(" buffers")), None)
     buffer_rate = disk_rate(model, buffers) if kind == "direct" and buffers is not None else None
     # In another process: its buffers must not count as the runtime's memory.
@@ -119,7 +126,6 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
 
 def disk_rate(model: Path, buffer_bytes: int = 4 << 20) -> float:
     from loop_singular_bit import runtime_library
-    from loop_singular_bit.local_models import weight_files
 
     return runtime_library.read_rate(weight_files(model)[0], _READ_BYTES, buffer_bytes)
 
@@ -156,68 +162,6 @@ def machine_limits(threads: int, realtime: bool) -> dict[str, Any]:
         products.append(count / (time.perf_counter() - start))
     # The first round starts the threads.
     return {"memory_rate": statistics.median(memory[1:]), "int8_rate": statistics.median(products[1:]) or None}
-
-
-def use_realtime(wanted: bool) -> None:
-    """For this process's present threads and those they start."""
-    if wanted:
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setscheduler(int(thread), os.SCHED_RR, os.sched_param(1))
-
-
-def measure(options: dict[str, Any]) -> dict[str, Any]:
-    from loop_singular_bit.local_models import weight_files
-    from loop_singular_bit.streaming import StreamingManager, get_system_info
-
-    directory = Path(options["model"])
-    back_end, _, state = options["kind"].partition(" ")
-    budget = options["target_ram_mb"]
-    if back_end == "resident":
-        budget = None
-    elif budget is None:
-        budget = 1.1 * get_system_info(directory)["models"][0]["smallest_budget_mb"]
-    if state == "cold":
-        drop_from_cache(weight_files(directory))
-    use_realtime(options["realtime"])
-    manager = StreamingManager(
-        directory,
-        budget,
-        None,
-        back_end=back_end,
-        context_length=options["context_length"],
-        cache_type=options["cache_type"],
-        threads=options["threads"],
-    )
-    prompt = [1 + i * 37 % (manager.vocabulary_size - 1) for i in range(options["prompt_tokens"])]
-    start = options["spawned"]
-    if state == "warm" or back_end == "resident":
-        list(manager.generate_tokens(prompt[:2], 2))
-        start = time.monotonic()
-    model = manager._model
-    model.start(prompt[:_FIRST_PROMPT_TOKENS], {})
-    model.next()
-    first = time.monotonic() - start
-    model.start(prompt, {})
-    begin = time.perf_counter()
-    model.next()
-    prefill = time.perf_counter() - begin
-    seconds, read = [], manager.statistics()["bytes_read"]
-    for _ in range(options["new_tokens"] - 1):
-        if state == "cold":
-            drop_from_cache(weight_files(directory))
-        begin = time.perf_counter()
-        model.next()
-        seconds.append(time.perf_counter() - begin)
-    statistic = manager.statistics()
-    return {
-        "seconds_to_first_token": first,
-        "prefill_tokens_per_second": len(prompt) / prefill,
-        "decode_seconds": statistics.median(seconds),
-        "read_bytes": 0 if state == "warm" else (statistic["bytes_read"] - read) / len(seconds),
-        "peak_resident_bytes": statistic["peak_resident_bytes"],
-        "plan": manager.plan,
-        "weights": packed_weights(directory),
-    }
 
 
 def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +203,6 @@ def measure_transformers(options: dict[str, Any]) -> dict[str, Any]:
         "read_bytes": 0,
         "peak_resident_bytes": None,
         "plan": {"weight_bytes": nbytes, "lines": []},
-        "weights": packed_weights(Path(options["model"])),
         "extrapolated": not fits,
     }
 
@@ -293,12 +236,6 @@ def bfloat16_bytes(directory: Path) -> int:
     """Of all packed modules, unpacked."""
     modules = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"]
     return 2 * sum(entry["out_features"] * entry["in_features"] for entry in modules.values())
-
-
-def drop_from_cache(files: list[Path]) -> None:
-    for path in files:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def table(results: list[dict[str, Any]]) -> str:

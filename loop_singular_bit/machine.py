@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 
 
 def processor_name() -> str:
     """Model name, with family and model number: cloud machines give one name to several generations."""
+    import platform
+
     facts = processor_facts()
     name = facts.get("model name") or platform.processor() or platform.machine()
     return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name

@@ -5,7 +5,6 @@ Importing this module, and running a model with it, imports neither torch nor Tr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -355,6 +354,8 @@ def _options(
 
 
 def _verify_checksums(directory: Path) -> None:
+    import hashlib  # with OpenSSL: megabytes and milliseconds that a first token should not wait for
+
     path = directory / _CHECKSUM_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing, so that checksums cannot be verified")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,8 @@ class TextTokenizer:
         Raises:
             CheckpointError: the model has no chat template, or it rejects the messages.
         """
+        from datetime import datetime
+
         from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment

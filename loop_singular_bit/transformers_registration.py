@@ -11,7 +11,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -33,7 +32,7 @@ def install() -> None:
             _register(registry)
 
 
-class _RegistryFinder(MetaPathFinder):
+class _RegistryFinder:
     """Finds the registry modules as the other finders do and has `_register` called after their code has run."""
 
     def find_spec(

@@ -42,8 +42,8 @@ constexpr Sizes kSizes[] = {{2 * kMiB, 16, 512}, {2 * kMiB, 16, 256}, {2 * kMiB,
                             {kSmallUnitBytes, 2, 1}};
 constexpr int64_t kResidentUnitBytes = 16 * kMiB;
 
-// stream_buffer_bytes() is at most so many of the largest units: tables are half as large as the units that need them.
-int64_t buffer_units(int64_t buffers) { return buffers == 1 ? 2 : std::max<int64_t>(buffers, 3); }
+// stream_buffer_bytes() is at most so many of the largest units: tables may be as large as the units that need them.
+int64_t buffer_units(int64_t buffers) { return buffers == 1 ? 2 : std::max<int64_t>(buffers, 4); }
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");
@@ -180,7 +180,7 @@ class Planner {
     } else {
       plan.lines.push_back(
           {join("weights, ", plan.buffers, plan.buffers == 1 ? " buffer" : " buffers"),
-           stream_buffer_bytes(units, /*first_unit=*/0, plan.buffers)});
+           stream_buffer_bytes(units, plan.buffers)});
     }
     plan.total_bytes = sum(plan.lines);
     return plan;

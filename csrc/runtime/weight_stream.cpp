@@ -14,7 +14,6 @@ constexpr int64_t kReadBytes = int64_t{2} << 20;
 constexpr int kReaderThreads = 4;
 // Parts closer together than this in the file are read with what lies between them.
 constexpr int64_t kMergeBytes = int64_t{64} << 10;
-constexpr int64_t kUnitsPerTable = 2;  // the bytes of a unit are at least so many times those of its tables
 constexpr size_t kMaxSlots = 64;
 constexpr std::chrono::milliseconds kStopInterval{50};
 
@@ -95,9 +94,8 @@ void add_units(const StoredMatrix& matrix, int index, int64_t max_bytes, std::ve
   const int64_t tiles_at_most = std::max<int64_t>(1, max_bytes / sign_bytes);
   const int64_t pieces = (tiles + tiles_at_most - 1) / tiles_at_most;
   const int64_t tiles_per_unit = (tiles + pieces - 1) / pieces;
-  // Tables stay as long as they are used: they may take some of the room, not most of it.
   const int64_t units_per_table =
-      std::max<int64_t>(1, max_bytes / kUnitsPerTable / std::max<int64_t>(1, table_bytes * tiles_per_unit));
+      std::max<int64_t>(1, max_bytes / std::max<int64_t>(1, table_bytes * tiles_per_unit));
   int tables = -1;
   for (int64_t begin = 0, piece = 0; begin < tiles; begin += tiles_per_unit, ++piece) {
     if (matrix.is_packed && piece % units_per_table == 0) {
@@ -155,11 +153,10 @@ int64_t unit_bytes(const WeightUnit& unit) {
   return total;
 }
 
-int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t first_unit, int64_t buffers) {
+int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t buffers) {
   int64_t largest = 0;
   int64_t largest_with_tables = 0;
-  for (size_t i = static_cast<size_t>(first_unit); i < units.size(); ++i) {
-    const WeightUnit& unit = units[i];
+  for (const WeightUnit& unit : units) {
     const int64_t tables = unit.tables < 0 ? 0 : units[static_cast<size_t>(unit.tables)].buffer_bytes;
     largest = std::max(largest, unit.buffer_bytes);
     largest_with_tables = std::max(largest_with_tables, unit.buffer_bytes + tables);
@@ -175,9 +172,8 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
       resident_(units_.size(), nullptr),
       placement_(0, false) {
   const int count = static_cast<int>(units_.size());
-  pinned_units_ = options_.back_end == BackEnd::kResident
-                      ? count
-                      : static_cast<int>(std::min<int64_t>(count, options_.pinned_units));
+  may_pin_ = options_.back_end == BackEnd::kResident;
+  pinned_units_ = may_pin_ ? count : static_cast<int>(std::min<int64_t>(count, options_.pinned_units));
   int64_t pinned_bytes = 0;
   for (int unit = 0; unit < pinned_units_; ++unit) pinned_bytes += units_[unit].buffer_bytes;
   if (pinned_bytes > 0) pinned_memory_ = PageMemory(pinned_bytes, /*huge_pages=*/true);
@@ -186,7 +182,7 @@ WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<Weigh
     pinned_bases_.push_back(base);
     base += units_[unit].buffer_bytes;
   }
-  const int64_t buffer_bytes = stream_buffer_bytes(units_, pinned_units_, options_.buffers);
+  const int64_t buffer_bytes = may_pin_ ? 0 : stream_buffer_bytes(units_, options_.buffers);
   // A direct read into pages of 4 KiB is hundreds of pieces for the disk; into huge ones it is one or two, and with
   // some disks twice as fast.
   if (buffer_bytes > 0) buffers_ = PageMemory(buffer_bytes, /*huge_pages=*/options_.back_end != BackEnd::kMmap);
@@ -289,24 +285,24 @@ void WeightStream::check(int index, const std::byte* base) const {
   }
 }
 
-void WeightStream::read_range(int unit, const PageRange& range, std::byte* base) const {
+void WeightStream::read_range(const Slot& slot, const PageRange& range) const {
   const DataFile& file = *checkpoint_.files()[range.file];
-  if (uses_mapping(unit)) {
-    file.map_pages(range.offset, range.bytes, base + range.buffer_offset);
+  if (uses_mapping(slot)) {
+    file.map_pages(range.offset, range.bytes, slot.base + range.buffer_offset);
   } else {
-    file.read_pages(range.offset, range.bytes, base + range.buffer_offset);
+    file.read_pages(range.offset, range.bytes, slot.base + range.buffer_offset);
   }
 }
 
-void WeightStream::finish(int index, std::byte* base) const {
-  const WeightUnit& unit = units_[index];
+void WeightStream::finish(const Slot& slot) const {
+  const WeightUnit& unit = units_[slot.unit];
   for (int part = 0; part < kParts; ++part) {
     if (unit.parts[part].file < 0) continue;
     checkpoint_.files()[unit.parts[part].file]->check_unchanged();
-    if (unit.aligned_offsets[part] < 0 || uses_mapping(index)) continue;
-    std::memcpy(base + unit.aligned_offsets[part], base + unit.buffer_offsets[part], unit.parts[part].bytes);
+    if (unit.aligned_offsets[part] < 0 || uses_mapping(slot)) continue;
+    std::memcpy(slot.base + unit.aligned_offsets[part], slot.base + unit.buffer_offsets[part], unit.parts[part].bytes);
   }
-  check(index, base);
+  check(slot.unit, slot.base);
 }
 
 // ---- reading ahead ----
@@ -337,7 +333,8 @@ bool WeightStream::add_slot() {
   }
   Slot slot{};
   slot.unit = unit;
-  if (is_pinned(unit)) {
+  slot.is_pinned = may_pin_ && unit < pinned_units_;
+  if (slot.is_pinned) {
     slot.base = pinned_bases_[unit];
   } else {
     const int64_t bytes = units_[unit].buffer_bytes;
@@ -349,6 +346,7 @@ bool WeightStream::add_slot() {
   }
   slots_.push_back(slot);
   next_unit_ = (unit + 1) % static_cast<int>(units_.size());
+  may_pin_ = may_pin_ || next_unit_ == 0;
   return true;
 }
 
@@ -371,14 +369,13 @@ void WeightStream::read_ahead() {
       work_.wait(lock);
       continue;
     }
-    const int unit = slot->unit;
-    const PageRange& range = units_[unit].reads[index];
-    std::byte* const base = slot->base;
+    const std::vector<PageRange>& ranges = units_[slot->unit].reads;
+    const PageRange& range = ranges[index];
     if (reads_in_flight_++ == 0) placement_.begin_reads(BufferPlacement::Clock::now());
     lock.unlock();
     std::exception_ptr error;
     try {
-      read_range(unit, range, base);
+      read_range(*slot, range);
     } catch (...) {
       error = std::current_exception();
     }
@@ -388,11 +385,11 @@ void WeightStream::read_ahead() {
     placement_.count_read(range.bytes, now);
     if (--reads_in_flight_ == 0) placement_.end_reads(now);
     if (error != nullptr && slot->error == nullptr) slot->error = error;
-    if (++slot->done < units_[unit].reads.size()) continue;
+    if (++slot->done < ranges.size()) continue;
     if (slot->error == nullptr) {
       lock.unlock();
       try {
-        finish(unit, base);
+        finish(*slot);
       } catch (...) {
         error = std::current_exception();
       }
@@ -420,7 +417,7 @@ void WeightStream::drain(int kept_unit, std::unique_lock<std::mutex>& lock) {
 }
 
 void WeightStream::forget(std::list<Slot>::iterator slot) {
-  if (uses_mapping(slot->unit)) PageMemory::reset(slot->base, units_[slot->unit].buffer_bytes);
+  if (uses_mapping(*slot)) PageMemory::reset(slot->base, units_[slot->unit].buffer_bytes);
   slots_.erase(slot);
 }
 
@@ -476,7 +473,7 @@ void WeightStream::release(int unit) {
 void WeightStream::retire(int unit) {
   const auto slot = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& other) { return other.unit == unit; });
   if (slot == slots_.end()) return;
-  if (is_pinned(unit)) resident_[unit] = slot->base;
+  if (slot->is_pinned) resident_[unit] = slot->base;
   forget(slot);
 }
 

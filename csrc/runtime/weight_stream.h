@@ -1,10 +1,11 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
 // A unit is one linear; of a large one it is the signs of some row tiles, and the scales and outliers of all of them, or
-// of many, are a unit of their own before them: so a pass is few reads. Units at the start of the order may be pinned:
-// they stay in memory after their first use. The others pass through buffers with room for a few of the largest, or more
-// smaller ones: they are read there (direct), or mapped there from the page cache and unmapped after use (mmap). Threads
-// of its own read ahead; every unit is checked before it is handed out.
+// of many, are a unit of their own before them: so a pass is few reads. Units pass through buffers with room for a few
+// of the largest, or more smaller ones: they are read there (direct), or mapped there from the page cache and unmapped
+// after use (mmap). Units at the start of the order may be pinned: from the second pass on they stay in memory, resident
+// ones from the first; a first token should not wait for more memory than it needs. Threads of its own read ahead; every
+// unit is checked before it is handed out.
 #pragma once
 
 #include <condition_variable>
@@ -51,8 +52,8 @@ std::vector<WeightUnit> make_units(const PackedCheckpoint& checkpoint, int64_t m
 
 int64_t unit_bytes(const WeightUnit& unit);  // in the file
 
-// Of memory for the units from first_unit on to pass through: `buffers` of the largest. 1: nothing is read ahead.
-int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t first_unit, int64_t buffers);
+// Of memory for units to pass through: `buffers` of the largest. 1: nothing is read ahead.
+int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t buffers);
 
 struct UnitView {
   PackedWeightView packed;  // of a packed matrix: of these row tiles only
@@ -106,19 +107,19 @@ class WeightStream {
     size_t issued = 0;
     size_t done = 0;
     std::byte* base = nullptr;
-    BufferRange place;  // empty: pinned
+    bool is_pinned = false;
+    BufferRange place;  // unless pinned
     std::exception_ptr error;
   };
 
   // Pinned units are copies: a mapping whose file is cut short later would end the process with a signal.
-  bool uses_mapping(int unit) const {
-    return options_.back_end == BackEnd::kMmap && !units_[unit].needs_copy && !is_pinned(unit);
+  bool uses_mapping(const Slot& slot) const {
+    return options_.back_end == BackEnd::kMmap && !units_[slot.unit].needs_copy && !slot.is_pinned;
   }
-  bool is_pinned(int unit) const { return unit < pinned_units_; }
   UnitView view(int unit, const std::byte* base, const std::byte* tables_base) const;
   void check(int unit, const std::byte* base) const;
-  void read_range(int unit, const PageRange& range, std::byte* base) const;
-  void finish(int unit, std::byte* base) const;
+  void read_range(const Slot& slot, const PageRange& range) const;
+  void finish(const Slot& slot) const;
   void read_ahead();
   bool take_work(Slot** slot, size_t* range);
   bool add_slot();
@@ -147,6 +148,7 @@ class WeightStream {
   std::list<Slot> slots_;  // units in the order of execution that are being read, or are there
   int reads_in_flight_ = 0;
   int next_unit_ = 0;
+  bool may_pin_ = false;
   int wanted_ = -1;
   bool is_paused_ = false;
   bool is_stopping_ = false;
