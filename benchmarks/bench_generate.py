@@ -8,7 +8,8 @@ memory (VmHWM) is its own. Where weights come from the disk, the first token is 
 else from the prompt on; its prompt has 16 tokens. `mmap cold` empties the page cache before every token. Limits are
 measured next to each line: reading memory with the threads of the run, int8 products from registers
 (libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and, before and after, reading the file past the page
-cache into 4 MiB of memory; after, also into as much memory as the buffers of the run. `--realtime` runs what is timed
+cache into 4 MiB of memory without looking at it; after, also into as much memory as the buffers of the run and with a
+look at every byte. `--realtime` runs what is timed
 with real-time priority, for machines that others use (needs root).
 
 `--transformers` measures Transformers in bfloat16 on the same shapes. Where the memory that is free is not enough for
@@ -112,7 +113,7 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
         rates.append(disk_rate(model))
         result["decode_seconds"] = statistics.median(result["token_seconds"])
     buffers = next((line["bytes"] for line in result["plan"]["lines"] if line["name"].endswith(" buffers")), None)
-    buffer_rate = disk_rate(model, buffers) if kind == "direct" and buffers is not None else None
+    buffer_rate = disk_rate(model, buffers, looks=True) if kind == "direct" and buffers is not None else None
     # In another process: its buffers must not count as the runtime's memory.
     limits = subprocess.run(
         [sys.executable, "-c", _LIMITS_PROGRAM, str(ROOT), str(arguments.threads), str(int(arguments.realtime))],
@@ -124,10 +125,10 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
     return {"kind": kind, **result, **json.loads(limits.stdout), "disk_rate": rate, "buffer_rate": buffer_rate}
 
 
-def disk_rate(model: Path, buffer_bytes: int = 4 << 20) -> float:
+def disk_rate(model: Path, buffer_bytes: int = 4 << 20, looks: bool = False) -> float:
     from loop_singular_bit import runtime_library
 
-    return runtime_library.read_rate(weight_files(model)[0], _READ_BYTES, buffer_bytes)
+    return runtime_library.read_rate(weight_files(model)[0], _READ_BYTES, buffer_bytes, looks)
 
 
 _LIMITS_PROGRAM = """
@@ -252,7 +253,7 @@ def table(results: list[dict[str, Any]]) -> str:
         products = result["prefill_tokens_per_second"] * result["weights"]
         first = result["seconds_to_first_token"]
         passes = f" ({first * result['disk_rate'] / weight_bytes:.2f})" if read else ""
-        filled = share(read, result["buffer_rate"], " into as much memory") if result["buffer_rate"] else ""
+        filled = share(read, result["buffer_rate"], " by a reader that looks") if result["buffer_rate"] else ""
         peak = result["peak_resident_bytes"]
         kind = "Transformers, bfloat16" if result["kind"] == "transformers" else result["kind"]
         kind += ", extrapolated" * result.get("extrapolated", False)

@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL:
         "next": (ctypes.c_int32, [_MODEL]),
         "logits": (ctypes.c_int, [_MODEL, _TOKENS, ctypes.c_int64, ctypes.POINTER(ctypes.c_float)]),
         "system": (ctypes.c_void_p, []),
-        "read_rate": (ctypes.c_double, [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]),
+        "read_rate": (ctypes.c_double, [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, f"loop_singular_bit_{name}")
@@ -65,12 +65,13 @@ def system() -> dict[str, Any]:
     return _text(library().loop_singular_bit_system(), {})
 
 
-def read_rate(path: Path, limit_bytes: int, buffer_bytes: int = 4 << 20) -> float:
+def read_rate(path: Path, limit_bytes: int, buffer_bytes: int = 4 << 20, looks: bool = False) -> float:
     """Bytes per second of reading a file as streaming does, past the page cache where that is possible.
 
-    What is read is not looked at. A disk that a processor emulates fills buffers faster that stay in its caches.
+    Fills `buffer_bytes` of memory over and over. With `looks` every byte is looked at, as whoever computes with it
+    does: a disk that a processor emulates fills memory faster that stays in its own caches.
     """
-    rate = float(library().loop_singular_bit_read_rate(os.fsencode(path), limit_bytes, buffer_bytes))
+    rate = float(library().loop_singular_bit_read_rate(os.fsencode(path), limit_bytes, buffer_bytes, looks))
     if rate < 0:
         raise _error({})
     return rate

@@ -101,6 +101,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama-dense-embeddings": ("llama", {"vocab_size": 200}),
+    # Layers of 1.6 MB at b4: linears are cut into units, with their scales and outliers in units of their own.
+    "llama-large": ("llama", {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 4}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 5}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),

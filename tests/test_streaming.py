@@ -91,13 +91,13 @@ def test_logits_equal_those_of_transformers(packed: Callable[[str], Path], name:
     tokens = token_ids(40)
     expected = transformers_logits(transformers_model(directory, "exact"), tokens)
     prefill = load_compressed_model(directory, activation_precision="exact", cache_type="float32")
-    assert relative_difference(native_logits(prefill, tokens), expected) < 2e-6
+    assert relative_difference(native_logits(prefill, tokens), expected) < 3e-6
     # One token at a time: the route of decoding, and the cache.
     decode = load_compressed_model(directory, activation_precision="exact", cache_type="float32", prefill_tokens=1)
-    assert relative_difference(native_logits(decode, tokens), expected) < 2e-6
+    assert relative_difference(native_logits(decode, tokens), expected) < 3e-6
     # Chunks that do not fit together with blocks of positions.
     chunks = load_compressed_model(directory, activation_precision="exact", cache_type="float32", prefill_tokens=11)
-    assert relative_difference(native_logits(chunks, tokens), expected) < 2e-6
+    assert relative_difference(native_logits(chunks, tokens), expected) < 3e-6
 
 
 @pytest.mark.parametrize("name", ["llama-yarn", "llama-dynamic-rope", "llama-longrope"])
@@ -171,6 +171,40 @@ def test_back_ends_give_the_same_bits(packed: Callable[[str], Path], name: str) 
             assert torch.equal(native_logits(manager, tokens), expected)
             assert torch.equal(native_logits(manager, tokens), expected)
             assert list(manager.generate_tokens(tokens[:5], 4)) == list(manager.generate_tokens(tokens[:5], 4))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_linears_cut_into_units_give_the_same_bits(packed: Callable[[str], Path], layers: int) -> None:
+    directory = packed("llama-large")
+    tokens = token_ids(20)
+    whole = load_compressed_model(directory, back_end="resident")
+    expected = native_logits(whole, tokens)
+    for back_end in ("mmap", "direct"):
+        for prefetch in (True, False):
+            manager = StreamingManager(directory, 2000, layers, prefetch_enabled=prefetch, back_end=back_end)
+            assert manager.plan["units"] > whole.plan["units"]
+            for _ in range(3):  # pinned units are pinned in the second pass
+                assert torch.equal(native_logits(manager, tokens), expected)
+            assert list(manager.generate_tokens(tokens, 8)) == list(whole.generate_tokens(tokens, 8))
+
+
+def test_a_pass_that_was_interrupted_within_a_linear_is_begun_anew(packed: Callable[[str], Path]) -> None:
+    directory = packed("llama-large")
+    tokens = token_ids(20)
+    expected = native_logits(load_compressed_model(directory), tokens)
+    manager = StreamingManager(directory, None, 1, back_end="direct")
+    weights = directory / "model.safetensors"
+    original = weights.stat()
+    for _ in range(4):
+        # Readers notice that the file was touched wherever they are; afterwards it is as it was.
+        timer = threading.Timer(0.003, os.utime, (weights,))
+        timer.start()
+        with pytest.raises(OSError, match="was changed while in use"):
+            for _ in range(1000):
+                manager.logits(tokens)
+        timer.join()
+        os.utime(weights, ns=(original.st_atime_ns, original.st_mtime_ns))
+        assert torch.equal(native_logits(manager, tokens), expected)
 
 
 def test_shards_are_read_like_one_file(books: Path, tmp_path: Path) -> None:

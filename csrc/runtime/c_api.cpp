@@ -191,8 +191,8 @@ char* loop_singular_bit_system(void) {
   });
 }
 
-double loop_singular_bit_read_rate(const char* path, int64_t bytes, int64_t buffer_bytes) {
-  return guarded<double>(-1.0, [&] { return measure_read_rate(path, bytes, buffer_bytes); });
+double loop_singular_bit_read_rate(const char* path, int64_t bytes, int64_t buffer_bytes, int32_t looks) {
+  return guarded<double>(-1.0, [&] { return measure_read_rate(path, bytes, buffer_bytes, looks != 0); });
 }
 
 }  // extern "C"

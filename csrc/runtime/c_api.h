@@ -42,7 +42,7 @@ int loop_singular_bit_logits(loop_singular_bit_model* model, const int32_t* toke
 /* {"isa": "...", "supported_isas": [...], "threads": n, "available_bytes": n} */
 char* loop_singular_bit_system(void);
 /* Bytes per second; negative on failure. */
-double loop_singular_bit_read_rate(const char* path, int64_t bytes, int64_t buffer_bytes);
+double loop_singular_bit_read_rate(const char* path, int64_t bytes, int64_t buffer_bytes, int32_t looks);
 
 #ifdef __cplusplus
 }

@@ -88,7 +88,7 @@ class JsonParser {
     skip_space();
     if (take("]")) return elements;
     do {
-      elements.push_back(parse_value(join(where, "[", elements.size(), "]"), depth + 1));
+      elements.push_back(parse_value(where + "[" + std::to_string(elements.size()) + "]", depth + 1));
       skip_space();
     } while (take(","));
     if (!take("]")) damaged("',' or ']'");

@@ -17,8 +17,6 @@ constexpr int64_t kThreadStackBytes = 128 << 10;
 constexpr int64_t kReaderThreads = 4;
 // What cannot be known before: the heap's slack, stacks of short calls, pages that are only partly used.
 constexpr int64_t kReserveBytes = 4 * kMiB;
-// Parts of a unit are read in whole pages: at most so much more than their bytes.
-constexpr int64_t kPageSlack = 2 * kParts * kPageBytes;
 
 // Of units that are not worth dividing further, unless a limit on layers demands it.
 constexpr int64_t kSmallUnitBytes = kMiB / 4;
@@ -31,19 +29,16 @@ struct Sizes {
   int64_t prefill_tokens;
 };
 
-// From what is fastest to what is smallest. A unit's memory is free only when its computation ends: with many small ones
-// little of the buffers lies idle, and a computation that waits for the disk stays in few megabytes. A unit of 2 MiB is
-// one read; smaller ones would be more reads. From some hundred tokens on a pass over the weights takes longer to
-// compute than to read, and longer chunks gain little; from some ten on it takes about as long, and less room to read
-// ahead costs more than shorter chunks.
-constexpr Sizes kSizes[] = {{2 * kMiB, 16, 512}, {2 * kMiB, 16, 256}, {2 * kMiB, 16, 128}, {2 * kMiB, 16, 64},
-                            {2 * kMiB, 16, 32},  {2 * kMiB, 8, 32},   {kMiB, 8, 32},       {kMiB, 8, 16},
-                            {kMiB, 4, 16},       {kMiB / 2, 4, 16},   {kMiB / 2, 4, 8},    {kSmallUnitBytes, 2, 8},
+// From what is fastest to what is smallest. A unit's memory is free only when its computation ends: with many small
+// ones little of the buffers lies idle, and a computation that waits for the disk stays in few megabytes. A unit of 2
+// MiB is one read; smaller ones would be more reads. From some hundred tokens on a pass over the weights takes longer
+// to compute than to read, and longer chunks gain little; from some ten on it takes about as long, and less room to
+// read ahead costs more than shorter chunks.
+constexpr Sizes kSizes[] = {{2 * kMiB, 16, 512},    {2 * kMiB, 16, 256}, {2 * kMiB, 16, 128}, {2 * kMiB, 16, 64},
+                            {2 * kMiB, 16, 32},     {2 * kMiB, 8, 32},   {kMiB, 8, 32},       {kMiB, 8, 16},
+                            {kMiB, 4, 16},          {kMiB / 2, 4, 16},   {kMiB / 2, 4, 8},    {kSmallUnitBytes, 2, 8},
                             {kSmallUnitBytes, 2, 1}};
 constexpr int64_t kResidentUnitBytes = 16 * kMiB;
-
-// stream_buffer_bytes() is at most so many of the largest units: tables may be as large as the units that need them.
-int64_t buffer_units(int64_t buffers) { return buffers == 1 ? 2 : std::max<int64_t>(buffers, 4); }
 
 std::string megabytes(int64_t bytes) {
   return join((bytes + 50'000) / 1'000'000, ".", (bytes + 50'000) / 100'000 % 10, " MB");
@@ -114,8 +109,10 @@ class Planner {
     if (!options_.prefetch) sizes.buffers = 1;
     sizes.max_unit_bytes = std::min(sizes.max_unit_bytes, std::max(kSmallUnitBytes, most / sizes.buffers));
     // A row tile is the least that can be read, whatever the limit.
-    sizes.max_unit_bytes =
-        std::min(sizes.max_unit_bytes, std::max<int64_t>(1, layers / buffer_units(sizes.buffers) - kPageSlack));
+    const auto exceeds_limit = [&] {
+      return stream_buffer_bytes(make_units(checkpoint_, sizes.max_unit_bytes), sizes.buffers) > layers;
+    };
+    while (options_.max_layers > 0 && sizes.max_unit_bytes > 1 && exceeds_limit()) sizes.max_unit_bytes /= 2;
     return sizes;
   }
 
@@ -178,9 +175,8 @@ class Planner {
       plan.streamed_bytes = 0;
       plan.lines.push_back({"weights, all", all});
     } else {
-      plan.lines.push_back(
-          {join("weights, ", plan.buffers, plan.buffers == 1 ? " buffer" : " buffers"),
-           stream_buffer_bytes(units, plan.buffers)});
+      plan.lines.push_back({join("weights, ", plan.buffers, plan.buffers == 1 ? " buffer" : " buffers"),
+                            stream_buffer_bytes(units, plan.buffers)});
     }
     plan.total_bytes = sum(plan.lines);
     return plan;

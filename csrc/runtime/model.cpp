@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <future>
+#include <numeric>
 
 #include "dispatch.h"
 #include "error.h"
@@ -110,20 +111,26 @@ void Model::check_budget() const {
               peak + peak / 20);
 }
 
-double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_bytes) {
-  constexpr int64_t kReadBytes = int64_t{1} << 20;
+double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_bytes, bool looks) {
+  constexpr int64_t kMaxReadBytes = int64_t{2} << 20;
   constexpr int kThreads = 4;
   DataFile file(path);
   file.use_direct();
   const int64_t total = std::min(bytes, file.size());
-  const int64_t buffers = std::max<int64_t>(kThreads, buffer_bytes / kReadBytes);
-  const PageMemory memory(buffers * kReadBytes, /*huge_pages=*/true);
+  const int64_t read_bytes = std::clamp(page_floor(buffer_bytes / kThreads), kPageBytes, kMaxReadBytes);
+  const int64_t buffers = std::max<int64_t>(kThreads, buffer_bytes / read_bytes);
+  const PageMemory memory(buffers * read_bytes, /*huge_pages=*/true);
   // The first use of a page takes longer than a read into it.
   for (int64_t i = 0; i < memory.bytes(); i += kPageBytes) memory.data()[i] = std::byte{1};
   std::atomic<int64_t> next{0};
+  std::atomic<uint64_t> sum{0};  // so that nobody can leave out the looking
   const auto read = [&] {
-    for (int64_t offset = 0; (offset = next.fetch_add(kReadBytes)) < total;) {
-      file.read_pages(offset, kReadBytes, memory.data() + offset / kReadBytes % buffers * kReadBytes);
+    for (int64_t offset = 0; (offset = next.fetch_add(read_bytes)) < total;) {
+      std::byte* const target = memory.data() + offset / read_bytes % buffers * read_bytes;
+      file.read_pages(offset, read_bytes, target);
+      if (!looks) continue;
+      const auto* const words = reinterpret_cast<const uint64_t*>(target);
+      sum += std::accumulate(words, words + read_bytes / static_cast<int64_t>(sizeof(uint64_t)), uint64_t{0});
     }
   };
   const auto start = std::chrono::steady_clock::now();

@@ -59,7 +59,8 @@ class Model {
 };
 
 // Reads up to `bytes` of a file as streaming does, past the page cache where that is possible, into buffer_bytes of
-// memory over and over: bytes per second. What is read is not looked at.
-double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_bytes);
+// memory over and over: bytes per second. Of what is read every byte is looked at, or none: to look at it may cost a
+// virtual disk, which is a processor that copies, as much as to read it.
+double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_bytes, bool looks);
 
 }  // namespace loop_singular_bit::runtime

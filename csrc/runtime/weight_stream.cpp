@@ -94,8 +94,7 @@ void add_units(const StoredMatrix& matrix, int index, int64_t max_bytes, std::ve
   const int64_t tiles_at_most = std::max<int64_t>(1, max_bytes / sign_bytes);
   const int64_t pieces = (tiles + tiles_at_most - 1) / tiles_at_most;
   const int64_t tiles_per_unit = (tiles + pieces - 1) / pieces;
-  const int64_t units_per_table =
-      std::max<int64_t>(1, max_bytes / std::max<int64_t>(1, table_bytes * tiles_per_unit));
+  const int64_t units_per_table = std::max<int64_t>(1, max_bytes / std::max<int64_t>(1, table_bytes * tiles_per_unit));
   int tables = -1;
   for (int64_t begin = 0, piece = 0; begin < tiles; begin += tiles_per_unit, ++piece) {
     if (matrix.is_packed && piece % units_per_table == 0) {
@@ -261,8 +260,8 @@ void WeightStream::check(int index, const std::byte* base) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = i / (per_tile * kRowsPerTile) * kRowsPerTile + i % kRowsPerTile;
       if (row >= view.rows || (is_finite_half(halves[i]) && (allow_negative || halves[i] <= 0x8000u))) continue;
-      fail(ErrorKind::kCheckpoint, checkpoint_.files()[matrix.parts[kSigns].file]->path(), ": tensor ", matrix.name, ".",
-           name, ": expected finite values", allow_negative ? "" : " of at least 0", ", got the float16 bits ",
+      fail(ErrorKind::kCheckpoint, checkpoint_.files()[matrix.parts[kSigns].file]->path(), ": tensor ", matrix.name,
+           ".", name, ": expected finite values", allow_negative ? "" : " of at least 0", ", got the float16 bits ",
            halves[i], " at row ", view.first_row + row);
     }
   };

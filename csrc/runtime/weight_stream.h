@@ -1,11 +1,11 @@
 // Brings the weights of a forward pass into memory, unit by unit in the order of execution, ahead of the computation.
 //
-// A unit is one linear; of a large one it is the signs of some row tiles, and the scales and outliers of all of them, or
-// of many, are a unit of their own before them: so a pass is few reads. Units pass through buffers with room for a few
-// of the largest, or more smaller ones: they are read there (direct), or mapped there from the page cache and unmapped
-// after use (mmap). Units at the start of the order may be pinned: from the second pass on they stay in memory, resident
-// ones from the first; a first token should not wait for more memory than it needs. Threads of its own read ahead; every
-// unit is checked before it is handed out.
+// A unit is one linear; of a large one it is the signs of some row tiles, and the scales and outliers of all of them,
+// or of many, are a unit of their own before them: so a pass is few reads. Units pass through buffers with room for a
+// few of the largest, or more smaller ones: they are read there (direct), or mapped there from the page cache and
+// unmapped after use (mmap). Units at the start of the order may be pinned: from the second pass on they stay in
+// memory, resident ones from the first; a first token should not wait for more memory than it needs. Threads of its own
+// read ahead; every unit is checked before it is handed out.
 #pragma once
 
 #include <condition_variable>
