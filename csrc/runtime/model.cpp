@@ -118,15 +118,16 @@ double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_
   file.use_direct();
   const int64_t total = std::min(bytes, file.size());
   const int64_t read_bytes = std::clamp(page_floor(buffer_bytes / kThreads), kPageBytes, kMaxReadBytes);
-  const int64_t buffers = std::max<int64_t>(kThreads, buffer_bytes / read_bytes);
-  const PageMemory memory(buffers * read_bytes, /*huge_pages=*/true);
+  const int64_t buffers = std::max<int64_t>(1, buffer_bytes / (read_bytes * kThreads));  // of each thread
+  const PageMemory memory(kThreads * buffers * read_bytes, /*huge_pages=*/true);
   // The first use of a page takes longer than a read into it.
   for (int64_t i = 0; i < memory.bytes(); i += kPageBytes) memory.data()[i] = std::byte{1};
   std::atomic<int64_t> next{0};
   std::atomic<uint64_t> sum{0};  // so that nobody can leave out the looking
-  const auto read = [&] {
-    for (int64_t offset = 0; (offset = next.fetch_add(read_bytes)) < total;) {
-      std::byte* const target = memory.data() + offset / read_bytes % buffers * read_bytes;
+  const auto read = [&](int thread) {
+    int64_t offset = 0;
+    for (int64_t i = 0; (offset = next.fetch_add(read_bytes)) < total; ++i) {
+      std::byte* const target = memory.data() + (i % buffers * kThreads + thread) * read_bytes;
       file.read_pages(offset, read_bytes, target);
       if (!looks) continue;
       const auto* const words = reinterpret_cast<const uint64_t*>(target);
@@ -135,7 +136,7 @@ double measure_read_rate(const std::string& path, int64_t bytes, int64_t buffer_
   };
   const auto start = std::chrono::steady_clock::now();
   std::vector<std::future<void>> readers;
-  for (int i = 0; i < kThreads; ++i) readers.push_back(std::async(std::launch::async, read));
+  for (int i = 0; i < kThreads; ++i) readers.push_back(std::async(std::launch::async, read, i));
   for (std::future<void>& reader : readers) reader.get();
   return static_cast<double>(total) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
