@@ -241,8 +241,8 @@ def bfloat16_bytes(directory: Path) -> int:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| | first token, s (passes over the file) | prefill, tokens/s (int8 peak) | decode, tokens/s | s/token "
-        "| GB/s of weights (memory) | GB/s read (disk) | peak MB |",
+        "| | first token, s (passes over the file at the disk's rate; as many tokens) | prefill, tokens/s (int8 peak) "
+        "| decode, tokens/s | s/token | GB/s of weights (memory) | GB/s read (disk) | peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -252,7 +252,7 @@ def table(results: list[dict[str, Any]]) -> str:
         read = result["read_bytes"] / seconds
         products = result["prefill_tokens_per_second"] * result["weights"]
         first = result["seconds_to_first_token"]
-        passes = f" ({first * result['disk_rate'] / weight_bytes:.2f})" if read else ""
+        passes = f" ({first * result['disk_rate'] / weight_bytes:.2f}; {first / seconds:.2f})" if read else ""
         filled = share(read, result["buffer_rate"], " by a reader that looks") if result["buffer_rate"] else ""
         peak = result["peak_resident_bytes"]
         kind = "Transformers, bfloat16" if result["kind"] == "transformers" else result["kind"]

@@ -38,7 +38,7 @@ class StreamingManager:
         max_layers_in_ram: weights of at most this many decoder layers are in memory at a time, buffers included;
             None for as many as the budget holds.
         prefetch_enabled: read the next weights while the present ones are computed with
-            (up to eight buffers instead of one).
+            (up to sixteen units instead of one).
         context_length: tokens of prompt and answer together; None means the model's, at most 2048.
         back_end: "resident" keeps all weights in memory, "direct" streams past the page cache, "mmap" streams through
             it, "auto" picks by budget, size and free memory.

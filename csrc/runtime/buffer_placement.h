@@ -49,7 +49,7 @@ class BufferPlacement {
   Clock::duration reading_{};  // time with reads in flight
   Clock::time_point reads_since_{};
   int stretches_ = 0;             // since the last change
-  int stretches_per_trial_ = 4;   // then the other choice is tried for one; doubles up to a pass of a large model
+  int stretches_per_trial_ = 2;   // then the other choice is tried for one; doubles up to a pass of a large model
   double rates_[2] = {0.0, 0.0};  // bytes per second of the lowest place and in turn; 0: not known
 };
 
