@@ -107,7 +107,9 @@ def run_child(arguments: argparse.Namespace, model: Path, kind: str) -> dict[str
     program = [str(ROOT / "benchmarks" / "native_generation.py")] if is_native else [__file__, "--child"]
     options["spawned"] = time.monotonic()
     command = [sys.executable, *program, json.dumps(options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    # Modules are compiled once, as elsewhere, not in every process.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     result: dict[str, Any] = {"weights": packed_weights(model), **json.loads(done.stdout)}
     if is_native:
         rates.append(disk_rate(model))
