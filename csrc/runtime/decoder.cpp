@@ -133,7 +133,7 @@ Decoder::Decoder(const PackedCheckpoint& checkpoint, WeightStream& stream, const
   // Units follow each other linear by linear.
   const auto& units = stream_.units();
   for (size_t i = 0; i < units.size(); ++i) {
-    if (units[i].is_tables) continue;
+    if (units[i].is_scales) continue;
     if (units[i].tile_begin == 0) linear_units_.emplace_back();
     linear_units_.back().push_back(static_cast<int>(i));
   }

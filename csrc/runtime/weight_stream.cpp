@@ -68,7 +68,7 @@ WeightUnit make_unit(const StoredMatrix& matrix, int index, int64_t tile_begin, 
   unit.matrix = index;
   unit.tile_begin = tile_begin;
   unit.tile_end = tile_end;
-  unit.tables = -1;
+  unit.scales_unit = -1;
   for (int part = 0; part < kParts; ++part) {
     const StoredTensor& whole = matrix.parts[part];
     if (whole.file < 0 || whole.bytes == 0 || !is_wanted(part)) continue;
@@ -85,27 +85,27 @@ WeightUnit make_unit(const StoredMatrix& matrix, int index, int64_t tile_begin, 
 void add_units(const StoredMatrix& matrix, int index, int64_t max_bytes, std::vector<WeightUnit>& units) {
   const int64_t tiles = matrix.row_tiles();
   const int64_t sign_bytes = std::max<int64_t>(1, matrix.tile_bytes(kSigns));
-  int64_t table_bytes = 0;
-  for (int part = kSigns + 1; part < kParts; ++part) table_bytes += matrix.tile_bytes(static_cast<Part>(part));
-  if (tiles * (sign_bytes + table_bytes) <= max_bytes) {
+  int64_t other_bytes = 0;
+  for (int part = kSigns + 1; part < kParts; ++part) other_bytes += matrix.tile_bytes(static_cast<Part>(part));
+  if (tiles * (sign_bytes + other_bytes) <= max_bytes) {
     units.push_back(make_unit(matrix, index, 0, tiles, [](int) { return true; }));
     return;
   }
   const int64_t tiles_at_most = std::max<int64_t>(1, max_bytes / sign_bytes);
   const int64_t pieces = (tiles + tiles_at_most - 1) / tiles_at_most;
   const int64_t tiles_per_unit = (tiles + pieces - 1) / pieces;
-  const int64_t units_per_table = std::max<int64_t>(1, max_bytes / std::max<int64_t>(1, table_bytes * tiles_per_unit));
-  int tables = -1;
+  const int64_t units_per_scales = std::max<int64_t>(1, max_bytes / std::max<int64_t>(1, other_bytes * tiles_per_unit));
+  int scales_unit = -1;
   for (int64_t begin = 0, piece = 0; begin < tiles; begin += tiles_per_unit, ++piece) {
-    if (matrix.is_packed && piece % units_per_table == 0) {
-      const int64_t end = std::min(tiles, begin + units_per_table * tiles_per_unit);
-      tables = static_cast<int>(units.size());
+    if (matrix.is_packed && piece % units_per_scales == 0) {
+      const int64_t end = std::min(tiles, begin + units_per_scales * tiles_per_unit);
+      scales_unit = static_cast<int>(units.size());
       units.push_back(make_unit(matrix, index, begin, end, [](int part) { return part != kSigns; }));
-      units.back().is_tables = true;
+      units.back().is_scales = true;
     }
     const int64_t end = std::min(tiles, begin + tiles_per_unit);
     units.push_back(make_unit(matrix, index, begin, end, [](int part) { return part == kSigns; }));
-    units.back().tables = tables;
+    units.back().scales_unit = scales_unit;
   }
 }
 
@@ -154,14 +154,14 @@ int64_t unit_bytes(const WeightUnit& unit) {
 
 int64_t stream_buffer_bytes(const std::vector<WeightUnit>& units, int64_t buffers) {
   int64_t largest = 0;
-  int64_t largest_with_tables = 0;
+  int64_t largest_with_scales = 0;
   for (const WeightUnit& unit : units) {
-    const int64_t tables = unit.tables < 0 ? 0 : units[static_cast<size_t>(unit.tables)].buffer_bytes;
+    const int64_t scales_bytes = unit.scales_unit < 0 ? 0 : units[static_cast<size_t>(unit.scales_unit)].buffer_bytes;
     largest = std::max(largest, unit.buffer_bytes);
-    largest_with_tables = std::max(largest_with_tables, unit.buffer_bytes + tables);
+    largest_with_scales = std::max(largest_with_scales, unit.buffer_bytes + scales_bytes);
   }
-  // With tables anywhere in twice the room, their unit fits on one side of them.
-  return std::max(largest * buffers, largest_with_tables * (buffers > 1 ? 2 : 1));
+  // With scales anywhere in twice the room, the unit that needs them fits on one side.
+  return std::max(largest * buffers, largest_with_scales * (buffers > 1 ? 2 : 1));
 }
 
 WeightStream::WeightStream(const PackedCheckpoint& checkpoint, std::vector<WeightUnit> units, StreamOptions options)
@@ -208,7 +208,7 @@ int64_t WeightStream::bytes_read() const {
   return bytes_read_;
 }
 
-UnitView WeightStream::view(int index, const std::byte* base, const std::byte* tables_base) const {
+UnitView WeightStream::view(int index, const std::byte* base, const std::byte* scales_base) const {
   const WeightUnit& unit = units_[index];
   const StoredMatrix& matrix = checkpoint_.matrices()[unit.matrix];
   const auto address_in = [](const WeightUnit& holder, const std::byte* memory, Part part) -> const std::byte* {
@@ -216,10 +216,10 @@ UnitView WeightStream::view(int index, const std::byte* base, const std::byte* t
     return memory + (holder.aligned_offsets[part] >= 0 ? holder.aligned_offsets[part] : holder.buffer_offsets[part]);
   };
   const auto address = [&](Part part) -> const void* {
-    if (unit.tables < 0 || part == kSigns) return address_in(unit, base, part);
-    const WeightUnit& tables = units_[unit.tables];
-    const std::byte* const begin = address_in(tables, tables_base, part);
-    return begin == nullptr ? nullptr : begin + (unit.tile_begin - tables.tile_begin) * matrix.tile_bytes(part);
+    if (unit.scales_unit < 0 || part == kSigns) return address_in(unit, base, part);
+    const WeightUnit& scales = units_[unit.scales_unit];
+    const std::byte* const begin = address_in(scales, scales_base, part);
+    return begin == nullptr ? nullptr : begin + (unit.tile_begin - scales.tile_begin) * matrix.tile_bytes(part);
   };
   UnitView view{};
   view.first_row = unit.tile_begin * kRowsPerTile;
@@ -250,8 +250,8 @@ void WeightStream::check(int index, const std::byte* base) const {
   const WeightUnit& unit = units_[index];
   const StoredMatrix& matrix = checkpoint_.matrices()[unit.matrix];
   // Signs may be anything.
-  if (!matrix.is_packed || unit.tables >= 0) return;
-  const UnitView view = this->view(index, base, /*tables_base=*/nullptr);
+  if (!matrix.is_packed || unit.scales_unit >= 0) return;
+  const UnitView view = this->view(index, base, /*scales_base=*/nullptr);
   const PackedWeightView& packed = view.packed;
   const auto check_halves = [&](const char* name, const uint16_t* halves, int64_t per_tile, bool allow_negative) {
     if (halves == nullptr) return;
@@ -420,15 +420,15 @@ void WeightStream::forget(std::list<Slot>::iterator slot) {
   slots_.erase(slot);
 }
 
-// The memory of a unit, beside that of its tables.
-std::byte* WeightStream::wait_for(int unit, int tables, std::unique_lock<std::mutex>& lock) {
+// The memory of a unit; that of its scales is in use already.
+std::byte* WeightStream::wait_for(int unit, int scales_unit, std::unique_lock<std::mutex>& lock) {
   if (resident_[unit] != nullptr) return resident_[unit];
   auto slot = slots_.begin();
-  if (slot != slots_.end() && slot->unit == tables) ++slot;
+  if (slot != slots_.end() && slot->unit == scales_unit) ++slot;
   wanted_ = unit;
   if (slot == slots_.end() || slot->unit != unit) {
     if (slot != slots_.end() || next_to_read() != unit) {
-      drain(tables, lock);
+      drain(scales_unit, lock);
       next_unit_ = unit;
     }
     add_slot();
@@ -454,18 +454,18 @@ std::byte* WeightStream::wait_for(int unit, int tables, std::unique_lock<std::mu
 UnitView WeightStream::acquire(int unit) {
   if (is_resident(unit)) return resident_view(unit);
   std::unique_lock<std::mutex> lock(mutex_);
-  const int tables = units_[unit].tables;
-  const std::byte* const tables_base = tables < 0 ? nullptr : wait_for(tables, /*tables=*/-1, lock);
-  return view(unit, wait_for(unit, tables, lock), tables_base);
+  const int scales_unit = units_[unit].scales_unit;
+  const std::byte* const scales_base = scales_unit < 0 ? nullptr : wait_for(scales_unit, /*scales_unit=*/-1, lock);
+  return view(unit, wait_for(unit, scales_unit, lock), scales_base);
 }
 
 void WeightStream::release(int unit) {
   if (is_resident(unit)) return;
   const std::unique_lock<std::mutex> lock(mutex_);
   retire(unit);
-  const int tables = units_[unit].tables;
-  const bool is_last = static_cast<size_t>(unit) + 1 == units_.size() || units_[unit + 1].tables != tables;
-  if (tables >= 0 && is_last) retire(tables);
+  const int scales_unit = units_[unit].scales_unit;
+  const bool is_last = static_cast<size_t>(unit) + 1 == units_.size() || units_[unit + 1].scales_unit != scales_unit;
+  if (scales_unit >= 0 && is_last) retire(scales_unit);
   work_.notify_all();
 }
 

@@ -43,8 +43,8 @@ struct WeightUnit {
   std::vector<PageRange> reads;
   int64_t buffer_bytes;
   bool needs_copy;  // some part is not aligned in the file
-  int tables;       // the unit before this one that holds all parts but the signs; -1: they are here
-  bool is_tables;   // of the units after this one: nothing to compute with
+  int scales_unit;  // the unit before this one with all parts but the signs: scales, outliers, means; -1: they are here
+  bool is_scales;   // of the units after this one: nothing to compute with
 };
 
 // The units of one forward pass, none larger than max_bytes unless one row tile is.
@@ -78,19 +78,19 @@ class WeightStream {
 
   const std::vector<WeightUnit>& units() const { return units_; }
 
-  // Waits until the unit, and its tables, are in memory and checked. One unit is held at a time; units but tables are
+  // Waits until the unit, and that of its scales, are in memory and checked. One is held at a time; they are
   // asked for in ascending order, and from the start again: any other order works as well, but waits. Throws Error.
   UnitView acquire(int unit);
   void release(int unit);
 
-  // Whether the unit and its tables stay in memory; its view.
+  // Whether the unit and that of its scales stay in memory; its view.
   bool is_resident(int unit) const {
-    const int tables = units_[unit].tables;
-    return resident_[unit] != nullptr && (tables < 0 || resident_[tables] != nullptr);
+    const int scales_unit = units_[unit].scales_unit;
+    return resident_[unit] != nullptr && (scales_unit < 0 || resident_[scales_unit] != nullptr);
   }
   UnitView resident_view(int unit) const {
-    const int tables = units_[unit].tables;
-    return view(unit, resident_[unit], tables < 0 ? nullptr : resident_[tables]);
+    const int scales_unit = units_[unit].scales_unit;
+    return view(unit, resident_[unit], scales_unit < 0 ? nullptr : resident_[scales_unit]);
   }
 
   int64_t bytes_read() const;
@@ -116,7 +116,7 @@ class WeightStream {
   bool uses_mapping(const Slot& slot) const {
     return options_.back_end == BackEnd::kMmap && !units_[slot.unit].needs_copy && !slot.is_pinned;
   }
-  UnitView view(int unit, const std::byte* base, const std::byte* tables_base) const;
+  UnitView view(int unit, const std::byte* base, const std::byte* scales_base) const;
   void check(int unit, const std::byte* base) const;
   void read_range(const Slot& slot, const PageRange& range) const;
   void finish(const Slot& slot) const;
@@ -124,7 +124,7 @@ class WeightStream {
   bool take_work(Slot** slot, size_t* range);
   bool add_slot();
   int next_to_read() const;
-  std::byte* wait_for(int unit, int tables, std::unique_lock<std::mutex>& lock);
+  std::byte* wait_for(int unit, int scales_unit, std::unique_lock<std::mutex>& lock);
   void drain(int kept_unit, std::unique_lock<std::mutex>& lock);
   void forget(std::list<Slot>::iterator slot);
   void retire(int unit);
