@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 from .machine import available_memory_bytes, memory_bytes, processor_facts, processor_name, usable_cpus
@@ -39,6 +38,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 def environment() -> dict[str, Any]:
     """Facts by name; sizes in units of 10^6 bytes. An operator library that does not load is reported, not raised."""
+    from importlib import metadata
+
     import torch
 
     from . import __version__
