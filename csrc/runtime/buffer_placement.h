@@ -1,9 +1,10 @@
 // Where in the buffers the next unit goes: to the lowest place that is free, or to the next one after the last unit.
 //
 // Both are right, and which is faster depends on the disk. The lowest place keeps a computation that waits for the disk
-// in few megabytes. A virtual disk is a processor that copies: where it shares a cache with the processors that
-// compute, few megabytes stay in that cache; where it does not, every line of them has to be fetched back from the
-// other cache first, and memory that nobody has used for a while is faster. The rate of both is measured while reading.
+// in few megabytes. A virtual disk is a processor that copies: where it shares a cache with the processors that compute,
+// few megabytes stay in that cache; where it does not, every line of them has to be fetched back from the other cache
+// first, and memory that nobody has used for a while is faster. The rate of both is measured while reading, from taking
+// turns on: that is never much slower.
 #pragma once
 
 #include <chrono>
@@ -22,7 +23,8 @@ class BufferPlacement {
   using Clock = std::chrono::steady_clock;
 
   // May choose: otherwise always the lowest place.
-  BufferPlacement(int64_t buffer_bytes, bool may_choose) : buffer_bytes_(buffer_bytes), may_choose_(may_choose) {}
+  BufferPlacement(int64_t buffer_bytes, bool may_choose)
+      : buffer_bytes_(buffer_bytes), may_choose_(may_choose), is_in_turn_(may_choose) {}
 
   // The begin of a place of `bytes` beside the ranges in use; -1: there is none now.
   int64_t place(int64_t bytes, const std::vector<BufferRange>& used) const;
@@ -41,7 +43,7 @@ class BufferPlacement {
 
   int64_t buffer_bytes_;
   bool may_choose_;
-  bool is_in_turn_ = false;
+  bool is_in_turn_;
   int64_t last_end_ = 0;
 
   // A stretch is some megabytes read with one choice.

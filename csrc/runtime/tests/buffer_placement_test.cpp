@@ -74,10 +74,8 @@ TEST(BufferPlacement, ChoosesWhatIsFaster) {
   }
 }
 
-TEST(BufferPlacement, TakesTurnsWhileThatIsFaster) {
+TEST(BufferPlacement, BeginsWithTakingTurns) {
   BufferPlacement placement(100 * kMiB, /*may_choose=*/true);
-  Disk disk(1e9, 2e9);
-  while (!placement.is_in_turn()) disk.read(kMiB, placement);
   placement.take({0, 60 * kMiB});
   EXPECT_EQ(placement.place(30 * kMiB, {}), 60 * kMiB);
   EXPECT_EQ(placement.place(50 * kMiB, {}), 0) << "what does not fit behind begins anew";
