@@ -1,10 +1,10 @@
 // Where in the buffers the next unit goes: to the lowest place that is free, or to the next one after the last unit.
 //
 // Both are right, and which is faster depends on the disk. The lowest place keeps a computation that waits for the disk
-// in few megabytes. A virtual disk is a processor that copies: where it shares a cache with the processors that compute,
-// few megabytes stay in that cache; where it does not, every line of them has to be fetched back from the other cache
-// first, and memory that nobody has used for a while is faster. The rate of both is measured while reading, from taking
-// turns on: that is never much slower.
+// in few megabytes. A virtual disk is a processor that copies: where it shares a cache with the processors that
+// compute, few megabytes stay in that cache; where it does not, every line of them has to be fetched back from the
+// other cache first, and memory that nobody has used for a while is faster. The rate of both is measured while reading,
+// from taking turns on: that is never much slower.
 #pragma once
 
 #include <chrono>
