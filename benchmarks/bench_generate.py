@@ -9,8 +9,7 @@ else from the prompt on; its prompt has 16 tokens. `mmap cold` empties the page 
 measured next to each line: reading memory with the threads of the run, int8 products from registers
 (libmachine_limits.so, cmake -DLOOP_SINGULAR_BIT_BENCHMARKS=ON), and, before and after, reading the file past the page
 cache into 4 MiB of memory without looking at it; after, also into as much memory as the buffers of the run and with a
-look at every byte. `--realtime` runs what is timed
-with real-time priority, for machines that others use (needs root).
+look at every byte. `--realtime` runs what is timed with real-time priority, for machines that others use (needs root).
 
 `--transformers` measures Transformers in bfloat16 on the same shapes. Where the memory that is free is not enough for
 all layers, it takes two and six of them and extends the line through both: the row says "extrapolated".

@@ -400,7 +400,8 @@ void WeightStream::read_ahead() {
   }
 }
 
-// Forgets what was read ahead, but for one unit.
+// Forgets what was read ahead, but for one unit. Nothing more is read before the next unit is asked for: after an error
+// that would find the same fault.
 void WeightStream::drain(int kept_unit, std::unique_lock<std::mutex>& lock) {
   is_paused_ = true;
   // Ranges that no thread has taken yet are taken still: a slot is short.
@@ -412,7 +413,6 @@ void WeightStream::drain(int kept_unit, std::unique_lock<std::mutex>& lock) {
     if (slot->unit != kept_unit) forget(slot);
     slot = next;
   }
-  is_paused_ = false;
 }
 
 void WeightStream::forget(std::list<Slot>::iterator slot) {
@@ -431,6 +431,7 @@ std::byte* WeightStream::wait_for(int unit, int scales_unit, std::unique_lock<st
       drain(scales_unit, lock);
       next_unit_ = unit;
     }
+    is_paused_ = false;
     add_slot();
     slot = std::prev(slots_.end());
   }
